@@ -259,13 +259,14 @@ PRESETS = {
         "transformer_training.lr_end": 2e-5, "transformer_training.decay_start": 2000,
         "evaluation.samples": 10_000, "evaluation.reference": 20_000},
     "tiny": _local | {
-        "data.size": 32, "vgg.width": 0.25, "vgg.pools": (1, 1, 0, 0, 1), "vgg.head": 2, "evaluator.channels": 16,
-        "classifier.steps": 1200, "autoencoder.channels": 32, "autoencoder.multipliers": (1, 2, 2), "autoencoder.blocks": 1, "autoencoder.code_dim": 64, "quantizer.codes": 256,
-        "perceptual.weight": 1.0, "adversarial.channels": 24, "adversarial.most": 96, "adversarial.start": 400, "adversarial.ramp": 200,
+        "data.size": 32, "vgg.width": 0.1875, "vgg.pools": (1, 1, 0, 0, 1), "vgg.head": 2, "evaluator.channels": 16,
+        "classifier.steps": 1000, "classifier.batch": 64, "autoencoder.channels": 16, "autoencoder.multipliers": (1, 2, 4), "autoencoder.blocks": 1,
+        "autoencoder.code_dim": 64, "quantizer.codes": 256, "perceptual.weight": 1.0,
+        "adversarial.channels": 16, "adversarial.most": 64, "adversarial.start": 400, "adversarial.ramp": 200,
         "tokenizer_training.steps": 1200, "tokenizer_training.batch": 32, "tokenizer_training.lr": 1e-3, "tokenizer_training.lr_end": 5e-5,
-        "transformer.blocks": 4, "transformer.heads": 6, "transformer.dim": 192, "transformer.hidden": 768, "transformer.dropout": 0.0,
-        "transformer_training.steps": 1200, "transformer_training.batch": 64, "transformer_training.lr": 1e-3,
-        "transformer_training.lr_end": 5e-5, "transformer_training.decay_start": 200,
+        "transformer.blocks": 4, "transformer.heads": 4, "transformer.dim": 128, "transformer.hidden": 512, "transformer.dropout": 0.0,
+        "transformer_training.steps": 1000, "transformer_training.batch": 64, "transformer_training.lr": 2e-3,
+        "transformer_training.lr_end": 1e-4, "transformer_training.decay_start": 200,
         "evaluation.samples": 4000, "evaluation.reference": 16_000},
 }
 PRESETS["smoke"] = PRESETS["tiny"] | {  # tiny with less of everything: seconds, for tests

@@ -6,7 +6,7 @@
 __all__ = ['LAYERS', 'VGG16_URL', 'Network', 'weights_digest', 'VGG', 'weights_file', 'imagenet_vgg', 'Evaluator']
 
 # %% ../nbs/03_features.ipynb #1b181c86
-import hashlib
+import hashlib, os
 from pathlib import Path
 
 import torch
@@ -74,12 +74,12 @@ class VGG(Network):
 # %% ../nbs/03_features.ipynb #cef67683
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
-def weights_file(url, path=None, alternative=""):
+def weights_file(url, path=None, alternative="name another file"):
     """The local file of public weights: `path` if given, else PyTorch's cache, else downloaded from `url` into it.
 
     Raises FileNotFoundError that names the file, the address and the `alternative` where there is none to be had."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    if path is not None and not Path(path).exists(): raise FileNotFoundError(f"There are no weights at {path}. They are published at {url}.")
+    if path is not None and not Path(path).exists(): raise FileNotFoundError(f"There are no weights at {path}. They are published at {url}; or {alternative}.")
     if path is None and not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
         print(f"downloading {url} to {cached}")
@@ -88,9 +88,9 @@ def weights_file(url, path=None, alternative=""):
             raise FileNotFoundError(f"{cached} is missing and {url} cannot be downloaded ({error}). Put the file there, or {alternative}.") from error
     return Path(path) if path is not None else cached
 
-def imagenet_vgg(path=None):
-    "VGG-16 with torchvision's ImageNet weights, frozen. `path` as in `weights_file`."
-    file = weights_file(VGG16_URL, path, "choose a preset whose networks are trained here (vgg.weights = 'local')")
+def imagenet_vgg():
+    "VGG-16 with torchvision's ImageNet weights, frozen: the file $SEQGAN_VGG16 if set, else as `weights_file` finds it."
+    file = weights_file(VGG16_URL, os.environ.get("SEQGAN_VGG16"), "choose a preset whose networks are trained here (vgg.weights = 'local')")
     vgg = VGG(VGGConfig(), 1000)
     vgg.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
     return vgg.freeze()

@@ -13,9 +13,9 @@ from torch import nn
 
 from .config import require
 
-# %% ../nbs/04_layers.ipynb #8f2a7060
+# %% ../nbs/04_layers.ipynb #7a153150
 def norm(channels):
-    """Group normalisation (Wu and He, 2018) over `channels`: 32 groups, as VQGAN, as long as each holds at least four channels.
+    """Group normalisation (Wu and He, 2018) of (B, channels, H, W): 32 groups, as VQGAN, as long as each holds at least four channels.
 
     Raises ValueError if `channels` is not a multiple of 4."""
     require(channels > 0 and channels % 4 == 0, "channels", channels, "a positive multiple of 4, because a group holds at least four")
@@ -36,11 +36,11 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x): return self.skip(x) + self.branch(x)
 
-# %% ../nbs/04_layers.ipynb #973f25f4
+# %% ../nbs/04_layers.ipynb #25e5e04b
 class Downsample(nn.Module):
-    """Halve the grid: a 3x3 convolution of stride 2, (B, channels, H, W) -> (B, channels, H/2, W/2), H and W even.
+    """Halve the grid by a 3x3 convolution of stride 2: (B, channels, H, W) -> (B, channels, H/2, W/2), for even H and W.
 
-    The padding is one row below and one column to the right, as in VQGAN: output (i, j) sees the input rows 2i to 2i+2."""
+    One row below and one column to the right are padded with zeros, as in VQGAN: output i sees the input rows 2i to 2i + 2."""
 
     def __init__(self, channels):
         super().__init__()
@@ -48,14 +48,17 @@ class Downsample(nn.Module):
 
     def forward(self, x): return self.conv(F.pad(x, (0, 1, 0, 1)))
 
-# %% ../nbs/04_layers.ipynb #43650320
+# %% ../nbs/04_layers.ipynb #ffbea3a3
 class Upsample(nn.Module):
     """Double the grid: repeat each position 2x2 times, then a 3x3 convolution that may change the number of channels.
 
-    (B, in_channels, h, w) -> (B, out_channels, 2h, 2w)."""
+    (B, in_channels, h, w) -> (B, out_channels, 2h, 2w). Both steps are computed as one transposed convolution of stride 2."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
-    def forward(self, x): return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x):
+        rows = F.pad(self.conv.weight, (0, 0, 0, 1)) + F.pad(self.conv.weight, (0, 0, 1, 0))  # (C', C, 4, 3)
+        kernel = F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))                                    # (C', C, 4, 4)
+        return F.conv_transpose2d(x, kernel.flip(2, 3).transpose(0, 1), self.conv.bias, stride=2, padding=1)

@@ -29,7 +29,7 @@ def check_images(**sets):
     for name, images in sets.items():
         require(getattr(images, "dtype", None) == torch.uint8, f"{name}.dtype", getattr(images, "dtype", type(images)),
                 "metrics compare 8-bit pixels, so round floats in [-1, 1] first, by seqgan.plot.to_uint8")
-        require(images.ndim == 4 and images.shape[1] == 3, f"{name}.shape", tuple(images.shape), "(N, 3, H, W)")
+        require(images.ndim == 4 and images.shape[1] == 3, f"{name}.shape", tuple(images.shape), "images are (N, 3, H, W)")
         require(len(images) >= 2, f"len({name})", len(images), "at least 2, a covariance needs two images")
     sizes = {name: tuple(images.shape[2:]) for name, images in sets.items()}
     require(len(set(sizes.values())) <= 1, "image size", sizes, "one size, so resize where images are loaded, by a filter that is recorded")
@@ -76,17 +76,11 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 def _sha256(path, modified):
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
-def inception_weights(download=False):
-    """The file of Inception weights: $SEQGAN_INCEPTION if set, else PyTorch's cache, into which it is fetched if `download`.
+def inception_weights():
+    """The file of Inception weights: $SEQGAN_INCEPTION if set, else PyTorch's cache, else downloaded into it.
 
     Raises FileNotFoundError that names file, address and alternative, and ValueError for a file of another SHA-256."""
-    given = os.environ.get("SEQGAN_INCEPTION")
-    path = Path(given or Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name)
-    alternative = "choose a preset with local metrics (evaluator.weights = 'local')"
-    if not (path.exists() or download): raise FileNotFoundError(
-        f"FID, rFID and IS need {path}, which is not there. Fetch it from {URL_INCEPTION_V3} (96 MB; seqgan.metrics.inception_weights(download=True) does), "
-        f"or name a copy in $SEQGAN_INCEPTION, or {alternative}.")
-    path = weights_file(URL_INCEPTION_V3, given, alternative)
+    path = weights_file(URL_INCEPTION_V3, os.environ.get("SEQGAN_INCEPTION"), "choose a preset with local metrics (evaluator.weights = 'local')")
     found = _sha256(str(path), path.stat().st_mtime_ns)
     require(found == INCEPTION_SHA256, f"the SHA-256 of {path}", found, f"FID is defined by the weights {INCEPTION_SHA256}")
     return path

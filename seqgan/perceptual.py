@@ -13,53 +13,54 @@ from torch import nn
 from .config import Perceptual as PerceptualConfig
 from .config import require
 
-# %% ../nbs/07_perceptual.ipynb #7dbddeb1
+# %% ../nbs/07_perceptual.ipynb #44f1b972
 LOW = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")
 SEM = ("relu5_3", "logit")
-_LAYERS = tuple(dict.fromkeys(LOW + SEM))
+_LAYERS = LOW + ("logit",)
 
 def layer_losses(real, fake, scale=None):
     """The terms of the perceptual loss: {layer: ||fake - real||^2 / (H_l W_l C_l)}, averaged over the batch, in float32.
 
     `real`, `fake`: {layer: features (B, C, H, W), 'logit': (B, C)}. With `scale`, {layer: mean square on real images}, each term is divided by its entry."""
-    terms = {name: F.mse_loss(fake[name].float(), real[name].float()) for name in _LAYERS}  # a mean over B, C, H and W
+    terms = {name: F.mse_loss(fake[name].float(), real[name].float()) for name in _LAYERS}  # means over B, C, H and W
     return terms if scale is None else {name: term / scale[name] for name, term in terms.items()}
 
+# %% ../nbs/07_perceptual.ipynb #4229c57c
 def perceptual_loss(losses, alpha):
     "Equation 3 from the terms of `layer_losses`: {'low', 'sem', 'perceptual'}. Raises ValueError for alpha outside [0, 1]."
     require(0 <= alpha <= 1, "alpha", alpha, "the semantic ratio of Equation 3 lies in [0, 1]")
     low, sem = (sum(losses[name] for name in layers) for layers in (LOW, SEM))
     return dict(low=low, sem=sem, perceptual=alpha * sem + (1 - alpha) * low)
 
-# %% ../nbs/07_perceptual.ipynb #a36d1918
+# %% ../nbs/07_perceptual.ipynb #78065dcc
 @torch.no_grad()
 def mean_squares(vgg, images):
     "Mean square of each layer's features on real images (B, 3, H, W) in [-1, 1]: {layer: float}. Raises ValueError where a layer is silent."
-    with torch.autocast(images.device.type, enabled=False):
-        features = vgg(images.float())
-    scale = {name: features[name].float().pow(2).mean().item() for name in _LAYERS}
+    with torch.autocast(images.device.type, enabled=False): features = vgg(images.float())
+    scale = {name: features[name].pow(2).mean().item() for name in _LAYERS}
     for name, value in scale.items(): require(value > 0, f"mean square of {name}", value, "a layer that is 0 on all images cannot be normalised")
     return scale
 
-# %% ../nbs/07_perceptual.ipynb #5156b5c6
+# %% ../nbs/07_perceptual.ipynb #dc3c26fe
 class PerceptualLoss(nn.Module):
     """The semantic-enhanced perceptual loss of section 3.3.2 with a frozen feature network, in float32 also under autocast.
 
-    `vgg`: images (B, 3, H, W) in [-1, 1] -> {layer: features}; it is frozen here, for good. `scale`, from `mean_squares`, belongs to `config.normalize`.
+    `vgg`: images (B, 3, H, W) in [-1, 1] -> {layer: features}; it is frozen here. `scale`, from `mean_squares`, goes with `config.normalize`.
     `forward(fake, real)` -> `perceptual` (Equation 3, without `config.weight`), `low`, `sem`, and each layer's term, detached."""
 
     def __init__(self, vgg, config: PerceptualConfig, scale=None):
         super().__init__()
-        require(config.normalize == (scale is not None), "scale", scale, f"perceptual.normalize = {config.normalize} {'needs mean_squares(vgg, images)' if config.normalize else 'takes none'}")
+        remedy = "needs scale = mean_squares(vgg, images)" if config.normalize else "has no use for one"
+        require(config.normalize == (scale is not None), "scale", scale and list(scale), f"perceptual.normalize = {config.normalize} {remedy}")
         self.vgg, self.config, self.scale = vgg.requires_grad_(False).eval(), config, scale
 
     def train(self, mode=True):
         super().train(mode)
-        self.vgg.eval()  # a parent's .train() must not wake dropout or batch statistics
+        self.vgg.eval()  # whatever the parent says
         return self
 
     def forward(self, fake, real):
-        require(fake.shape == real.shape, "fake.shape", tuple(fake.shape), f"the shape of the real images, {tuple(real.shape)}")
+        require(fake.shape == real.shape, "fake.shape", tuple(fake.shape), f"the real images have shape {tuple(real.shape)}")
         with torch.autocast(fake.device.type, enabled=False):
             with torch.no_grad(): target = self.vgg(real.float())
             terms = layer_losses(target, self.vgg(fake.float()), self.scale)

@@ -68,12 +68,12 @@ def show_images(images, columns=None, titles=None, title=None, scale=None):
     if titles is not None:
         require(len(titles) == len(images), "number of titles", len(titles), f"one an image, {len(images)}")
         lines = ["\n".join(wrap(str(t), max(4, side * scale // 5))[:2]) for t in titles]     # a letter is about 5 pixels wide
-        top = ceil((3 + 10 * max(1 + t.count("\n") for t in lines)) / scale)                   # room for it, in image pixels
+        top = ceil((4 + 10 * max(1 + t.count("\n") for t in lines)) / scale)                   # room for it, in image pixels
         images = F.pad(images, (0, 0, top, 0), value=255 if images.dtype == torch.uint8 else 1)
     fig, ax = _canvas(image_grid(images, columns, scale=scale))
     for i, text in enumerate(lines):
         row, column = divmod(i, columns)
-        ax.text((column + 0.5) * side * scale, (row * (side + top) + top) * scale - 3, text, ha="center", va="bottom", fontsize=7, linespacing=1)
+        ax.text((column + 0.5) * side * scale, (row * (side + top) + top) * scale - 5, text, ha="center", va="baseline", fontsize=7, linespacing=1)
     if title: ax.set_title(title, fontsize=10)
     return fig
 
