@@ -9,7 +9,7 @@ __all__ = ['PRESETS', 'paper', 'chosen', 'require', 'Data', 'VGG', 'Evaluator', 
            'in_test', 'root', 'home', 'device', 'precision', 'progress']
 
 # %% ../nbs/00_config.ipynb #69a3668e
-import hashlib, json, os, sys, tempfile
+import hashlib, json, os, sys, tempfile, warnings
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -54,7 +54,8 @@ class VGG:
     width: float = paper(1.0, "VGG-16")
     pools: tuple = paper((1, 1, 1, 1, 1), "VGG-16: halve the grid after each block (1) or not (0)")
     batch_norm: bool = paper(False, "VGG-16 without batch normalisation")
-    head: int = chosen(7, "side of the grid that the classifier sees, 7 in VGG-16")
+    head: int = paper(7, "VGG-16: side of the grid that the classifier sees")
+    dropout: float = paper(0.5, "VGG-16, between the linear layers")
 
     def __post_init__(self):
         require(self.weights in ("imagenet", "local"), "vgg.weights", self.weights, "'imagenet' or 'local'")
@@ -80,7 +81,7 @@ class Classifier:
     "How a feature network is trained here: SGD with momentum and label smoothing, a one-cycle schedule."
     steps: int = chosen(2000, "optimiser steps")
     batch: int = chosen(128, "images a step")
-    lr: float = chosen(0.05, "peak learning rate")
+    lr: float = chosen(0.1, "peak learning rate")
     weight_decay: float = chosen(5e-4, "a common value for small residual networks")
     smoothing: float = chosen(0.1, "label smoothing")
 
@@ -244,7 +245,7 @@ def update(config, changes):
 
 # %% ../nbs/00_config.ipynb #99df8ee6
 _local = {  # what all presets share that run without downloads
-    "vgg.weights": "local", "vgg.batch_norm": True, "evaluator.weights": "local", "perceptual.normalize": True,
+    "vgg.weights": "local", "vgg.batch_norm": True, "vgg.dropout": 0.0, "evaluator.weights": "local", "perceptual.normalize": True,
     "quantizer.distance": "squared", "quantizer.normalize": True, "quantizer.gamma": 0.2, "autoencoder.bottom": 2}
 
 PRESETS = {
@@ -260,10 +261,10 @@ PRESETS = {
         "evaluation.samples": 10_000, "evaluation.reference": 20_000},
     "tiny": _local | {
         "data.size": 32, "vgg.width": 0.1875, "vgg.pools": (1, 1, 0, 0, 1), "vgg.head": 2, "evaluator.channels": 16,
-        "classifier.steps": 1000, "classifier.batch": 64, "autoencoder.channels": 16, "autoencoder.multipliers": (1, 2, 4), "autoencoder.blocks": 1,
+        "classifier.steps": 1400, "classifier.batch": 64, "autoencoder.channels": 16, "autoencoder.multipliers": (1, 2, 4), "autoencoder.blocks": 1,
         "autoencoder.code_dim": 64, "quantizer.codes": 256, "perceptual.weight": 1.0,
         "adversarial.channels": 16, "adversarial.most": 64, "adversarial.start": 400, "adversarial.ramp": 200,
-        "tokenizer_training.steps": 1200, "tokenizer_training.batch": 32, "tokenizer_training.lr": 1e-3, "tokenizer_training.lr_end": 5e-5,
+        "tokenizer_training.steps": 1000, "tokenizer_training.batch": 32, "tokenizer_training.lr": 1e-3, "tokenizer_training.lr_end": 5e-5,
         "transformer.blocks": 4, "transformer.heads": 4, "transformer.dim": 128, "transformer.hidden": 512, "transformer.dropout": 0.0,
         "transformer_training.steps": 1000, "transformer_training.batch": 64, "transformer_training.lr": 2e-3,
         "transformer_training.lr_end": 1e-4, "transformer_training.decay_start": 200,
@@ -340,6 +341,9 @@ def precision():
     if torch.cuda.is_available(): return "bf16" if torch.cuda.is_bf16_supported() else "no"
     probes = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("avx512_bf16", "amx_tile"))
     return "bf16" if any(probe() for probe in probes) else "no"
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # of libraries that ask for ipywidgets when they are imported
+if in_test(): torch.set_num_threads(1)  # nbdev_test runs a worker a core; threads that wait for each other made it ten times slower
 
 def progress(iterable=None, *, total=None, desc="", **kwargs):
     """A progress bar with rate and remaining time, for a terminal, Jupyter and papermill alike.

@@ -89,6 +89,7 @@ def run(kind, settings, compute, module="recipes"):
         start = time.monotonic()
         metrics = compute(folder)
         for checkpoint in folder.glob("checkpoint-*"): shutil.rmtree(checkpoint)
+        print(f"{folder.name}: finished in {time.monotonic() - start:.0f} s", flush=True)
         write_json(folder / "metrics.json", dict(metrics=metrics, seconds=time.monotonic() - start, hardware=hardware(), versions=versions(), revision=revision(), code=code))
     return folder
 

@@ -59,8 +59,8 @@ class VGG(Network):
         self.features = nn.Sequential(*layers)
         self.pool, hidden = nn.AdaptiveAvgPool2d(config.head), int(4096 * config.width)
         self.classifier = nn.Sequential(
-            nn.Linear(c * config.head ** 2, hidden), nn.ReLU(inplace=True), nn.Dropout(),
-            nn.Linear(hidden, hidden), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(hidden, classes))
+            nn.Linear(c * config.head ** 2, hidden), nn.ReLU(inplace=True), nn.Dropout(config.dropout),
+            nn.Linear(hidden, hidden), nn.ReLU(inplace=True), nn.Dropout(config.dropout), nn.Linear(hidden, classes))
         for m in self.modules():  # torchvision's initialisation: He for convolutions, so that 13 layers pass a signal
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu"); nn.init.zeros_(m.bias)
 

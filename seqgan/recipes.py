@@ -7,6 +7,8 @@ __all__ = ['batched', 'logits_of', 'train_classifier', 'train_tokenizer', 'evalu
            'train_transformer']
 
 # %% ../nbs/15_recipes.ipynb #9bd10a8e
+import math
+
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -43,7 +45,7 @@ def train_classifier(network, config, train, val, folder, seed):
     "Train a feature network on labels (`seqgan.config.Classifier`); saves model.safetensors and returns its validation accuracy."
     batches = Batches(train.images, train.labels, min(config.batch, len(train)), seed)
     optimizer = torch.optim.SGD(network.parameters(), config.lr, momentum=0.9, weight_decay=config.weight_decay, nesterov=True)
-    loop = Loop(folder, config.steps, seed, {"net": network}, {"net": optimizer}, {"net": lambda t: one_cycle(t, config.steps, config.lr)}, clip=5.0)
+    loop = Loop(folder, config.steps, seed, {"net": network}, {"net": optimizer}, {"net": lambda t: one_cycle(t, config.steps, config.lr)}, clip=math.inf)
     net = loop.models["net"].train()
 
     def step(t):

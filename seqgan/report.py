@@ -54,25 +54,26 @@ def panels(records):
     return groups
 
 # %% ../nbs/18_report.ipynb #fc4abbef
-def _twin(ax, table, rfid, fid, title):
-    right = ax.twinx()
-    for axis, name, colour in ((ax, rfid, "tab:blue"), (right, fid, "tab:red")):
-        mean = table.groupby("alpha")[name].mean()
-        axis.plot(mean.index, mean, "o-" if len(mean) > 2 else "o--", color=colour)
-        axis.plot(table.alpha, table[name], ".", color=colour, alpha=0.4)
-        axis.set_ylabel(name, color=colour); axis.tick_params(axis="y", colors=colour); axis.margins(y=0.2)
-    ax.set(xlabel=r"semantic ratio $\alpha$", xlim=(-0.06, 1.06)); ax.set_title(title, fontsize=9)
+def _over_alpha(ax, table, name, colour):
+    mean = table.groupby("alpha")[name].mean()
+    ax.plot(mean.index, mean, "-" if len(mean) > 2 else "--", color=colour)
+    ax.plot(table.alpha, table[name], "o", color=colour, alpha=0.6, markersize=5)
+    ax.set(xlim=(-0.06, 1.06), ylabel=name); ax.margins(y=0.15); ax.grid(alpha=0.3)
 
 def figure6(records):
-    "Figure 6(b): a panel of the paper's end points, then one for each dataset, preset and protocol."
+    "Figure 6(b): reconstruction FID above, generation FID below; a column of the paper's end points, then one for each dataset, preset and protocol."
     groups = panels(records)
-    fig, axes = plt.subplots(1, 1 + len(groups), figsize=(4 * (1 + len(groups)), 3.2), dpi=DPI, layout="constrained", squeeze=False)
-    _twin(axes[0, 0], PAPER_FIGURE6, "rFID", "AR FID", "paper: ImageNet 256x256, end points from Table 6")
-    axes[0, 0].axvline(PAPER_BEST_RFID_ALPHA, color="tab:blue", alpha=0.3, linestyle=":")
-    axes[0, 0].annotate("best rFID (text)", (PAPER_BEST_RFID_ALPHA, 0.06), xycoords=("data", "axes fraction"), fontsize=7, color="tab:blue", ha="center")
-    for ax, ((data, preset, _), group) in zip(axes[0, 1:], groups.items()):
+    columns = [("paper: ImageNet 256x256\n(end points from Table 6)", PAPER_FIGURE6)]
+    for (data, preset, _), group in groups.items():
         table = frame(group)
-        _twin(ax, table, *(next(c for c in table if c.startswith(start)) for start in ("rFID", "AR FID")), f"{data}, preset {preset}, {table.seed.nunique()} seed(s)")
+        columns.append((f"{data}\npreset {preset}, {table.seed.nunique()} seed(s)", table))
+    fig, axes = plt.subplots(2, len(columns), figsize=(3.2 * len(columns), 4.6), dpi=DPI, layout="constrained", squeeze=False, sharex=True)
+    for (title, table), (top, bottom) in zip(columns, axes.T):
+        for ax, start, colour in ((top, "rFID", "tab:blue"), (bottom, "AR FID", "tab:red")):
+            _over_alpha(ax, table, next(c for c in table if c.startswith(start)), colour)
+        top.set_title(title, fontsize=9); bottom.set_xlabel(r"semantic ratio $\alpha$")
+    axes[0, 0].axvline(PAPER_BEST_RFID_ALPHA, color="tab:blue", alpha=0.4, linestyle=":")
+    axes[0, 0].annotate("best (text)", (PAPER_BEST_RFID_ALPHA, 0.05), xycoords=("data", "axes fraction"), fontsize=7, color="tab:blue", ha="center")
     plt.close(fig)
     return fig
 

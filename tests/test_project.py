@@ -1,0 +1,97 @@
+"""What a notebook cannot test about itself: the layout, the imports, the tags, the files that are committed."""
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+RUNTIME = {"torch", "torchvision", "torch_fidelity", "accelerate", "safetensors", "numpy", "pandas", "matplotlib", "PIL", "tqdm"}
+
+
+def cells(path, kind="code"):
+    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def module_numbers():
+    "Module name -> number of the notebook that exports it."
+    numbers = {}
+    for path in NOTEBOOKS:
+        for cell in cells(path):
+            if match := re.search(r"^#\| default_exp (\w+)", source(cell), re.M):
+                numbers[match[1]] = int(path.name[:2])
+    return numbers
+
+
+def test_top_level():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    top = {name.split("/")[0] for name in tracked if name and not name.startswith(".")}
+    assert top == {"nbs", "seqgan", "data", "reports", "tests", "settings.ini", "setup.py", "README.md", "LICENSE", "constraints.txt"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook(path):
+    nb = json.loads(path.read_text())
+    assert (nb["nbformat"], nb["nbformat_minor"]) == (4, 5)
+    ids = [c["id"] for c in nb["cells"]]
+    assert len(ids) == len(set(ids))
+    assert nb["metadata"]["kernelspec"]["language"] == "python"  # papermill refuses parameters without it
+    outputs = [o for c in cells(path) for o in c["outputs"]]
+    assert outputs, "committed without outputs: nothing to read"
+    assert all(o["output_type"] != "error" for o in outputs)
+    assert all(len(json.dumps(o)) < 1_000_000 for o in outputs)
+    assert source(nb["cells"][0]).startswith("# ")
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.name.startswith("ablation")], ids=lambda p: p.stem)
+def test_parameters_survive_cleaning(path, tmp_path):
+    "nbdev_clean deletes tags unless settings.ini allows them; papermill's -p would then be ignored without an error."
+    for name in ("settings.ini", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "nbs").mkdir()
+    copy = shutil.copy(path, tmp_path / "nbs")
+    subprocess.run([sys.executable, "-c", "from nbdev.clean import nbdev_clean; nbdev_clean()"], cwd=tmp_path, check=True)
+    tagged = [c for c in cells(type(path)(copy)) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    names = {t.id for n in ast.parse(source(tagged[0])).body for t in n.targets}
+    assert {"alpha", "preset", "data", "seed"} <= names
+
+
+def test_imports():
+    "A module imports only modules of smaller notebooks and the packages it may; model modules know no data, plots or training."
+    numbers = module_numbers()
+    assert set(numbers) == {p.stem for p in (ROOT / "seqgan").glob("*.py")} - {"__init__", "_modidx"}
+    for name, number in numbers.items():
+        for node in ast.walk(ast.parse((ROOT / "seqgan" / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                assert numbers[node.module] < number, f"{name} imports {node.module}"
+                if 4 <= number <= 12:
+                    assert numbers[node.module] not in {1, 2, 13} and numbers[node.module] < 13, f"{name} imports {node.module}"
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                tops = {a.name.split(".")[0] for a in node.names} if isinstance(node, ast.Import) else {node.module.split(".")[0]}
+                assert tops <= RUNTIME | set(sys.stdlib_module_names), f"{name} imports {tops}"
+
+
+def test_no_batch_normalisation_in_the_discriminator():
+    assert "BatchNorm" not in (ROOT / "seqgan" / "discriminator.py").read_text()
+
+
+def test_records_and_figures_agree():
+    "The committed table is the one that the committed records give."
+    from seqgan.report import frame, records
+    found = records(ROOT / "reports" / "results")
+    assert found, "no records"
+    assert frame(found).to_csv(index=False, float_format="%.6g") == (ROOT / "reports" / "figure6.csv").read_text()
+
+
+def test_no_file_is_large():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert not [name for name in tracked if (ROOT / name).stat().st_size > 5_000_000]
