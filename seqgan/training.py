@@ -10,9 +10,9 @@ import json, math, os, shutil, time
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from .config import precision, progress, require, seed_of
+from accelerate import Accelerator  # after seqgan.config, which silences a warning of its imports
 
 # %% ../nbs/14_training.ipynb #8fae919e
 def cosine(t, steps, lr, lr_end):
