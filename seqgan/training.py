@@ -74,7 +74,7 @@ class Loop:
             return
         self.skipped += 1; self.skips_in_a_row += 1
         if self.skips_in_a_row >= self.most_skips:
-            raise FloatingPointError(f"{self.skips_in_a_row} steps in a row had a gradient that is not finite (model {name!r}, loss {float(loss):g}) in "
+            raise FloatingPointError(f"{self.skips_in_a_row} steps in a row had a gradient that is not finite (model {name!r}, loss {loss.item():g}) in "
                                      f"{self.folder.name}. The weights are those of the last good step. Lower the learning rate or the weight of the loss that diverges.")
 
     def run(self, step, evaluate=None, ticks=50, desc="training", save_seconds=60):
