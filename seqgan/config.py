@@ -40,7 +40,7 @@ class Data:
     size: int = paper(256, "section 4")
     train: int = chosen(16_000, "images drawn for training; a folder brings its own")
     val: int = chosen(2_000, "images drawn for validation; a folder brings its own")
-    fingerprint: str = chosen("", "hash of a folder's file names and sizes, filled in by `seqgan.data.resolve`")
+    fingerprint: str = chosen("", "hash of a folder's file names, sizes and of some contents, filled in by `seqgan.data.resolve`")
 
     def __post_init__(self):
         require(self.size >= 8, "data.size", self.size, "an integer of at least 8")
@@ -124,6 +124,7 @@ class Perceptual:
     alpha: float = paper(1.0, "Equation 3, the semantic ratio; 1 in phase one of SeQ-GAN")
     weight: float = chosen(1.0, "of the perceptual loss beside L1; Equation 2 writes no weight")
     normalize: bool = paper(False, "Equation 3 uses raw features; True divides each layer by its mean square on real images")
+    warmup: int = paper(0, "one alpha throughout; the first `warmup` steps use alpha = 0, so that short trainings have something to recognise")
 
     def __post_init__(self):
         require(0 <= self.alpha <= 1, "alpha", self.alpha, "the semantic ratio of Equation 3 lies in [0, 1]")
@@ -253,7 +254,8 @@ PRESETS = {
     "small": _local | {
         "data.size": 64, "vgg.width": 0.5, "vgg.pools": (1, 1, 1, 0, 1), "vgg.head": 4, "evaluator.channels": 64,
         "classifier.steps": 8000, "autoencoder.channels": 64, "autoencoder.multipliers": (1, 2, 2, 4), "quantizer.codes": 512,
-        "perceptual.weight": 1.0, "adversarial.start": 2000, "adversarial.ramp": 1000,
+        "perceptual.weight": 2.0, "perceptual.warmup": 4000, "adversarial.weight": 0.2, "adversarial.start": 4000, "adversarial.ramp": 1000,
+        "autoencoder.code_dim": 32,
         "tokenizer_training.steps": 12_000, "tokenizer_training.lr": 4e-4, "tokenizer_training.lr_end": 1e-5,
         "transformer.blocks": 8, "transformer.heads": 8, "transformer.dim": 512, "transformer.hidden": 2048,
         "transformer_training.steps": 10_000, "transformer_training.batch": 128, "transformer_training.lr": 4e-4,
@@ -261,10 +263,10 @@ PRESETS = {
         "evaluation.samples": 10_000, "evaluation.reference": 20_000},
     "tiny": _local | {
         "data.size": 32, "vgg.width": 0.1875, "vgg.pools": (1, 1, 0, 0, 1), "vgg.head": 2, "evaluator.channels": 16,
-        "classifier.steps": 1400, "classifier.batch": 64, "autoencoder.channels": 16, "autoencoder.multipliers": (1, 2, 4), "autoencoder.blocks": 1,
-        "autoencoder.code_dim": 64, "quantizer.codes": 256, "perceptual.weight": 1.0,
+        "classifier.steps": 1200, "classifier.batch": 64, "autoencoder.channels": 16, "autoencoder.multipliers": (1, 2, 4), "autoencoder.blocks": 1,
+        "autoencoder.code_dim": 16, "quantizer.codes": 256, "perceptual.weight": 2.0, "perceptual.warmup": 400, "adversarial.weight": 0.2,
         "adversarial.channels": 16, "adversarial.most": 64, "adversarial.start": 400, "adversarial.ramp": 200,
-        "tokenizer_training.steps": 1000, "tokenizer_training.batch": 32, "tokenizer_training.lr": 1e-3, "tokenizer_training.lr_end": 5e-5,
+        "tokenizer_training.steps": 1000, "tokenizer_training.batch": 32, "tokenizer_training.lr": 2e-3, "tokenizer_training.lr_end": 1e-4,
         "transformer.blocks": 4, "transformer.heads": 4, "transformer.dim": 128, "transformer.hidden": 512, "transformer.dropout": 0.0,
         "transformer_training.steps": 1000, "transformer_training.batch": 64, "transformer_training.lr": 2e-3,
         "transformer_training.lr_end": 1e-4, "transformer_training.decay_start": 200,
@@ -272,7 +274,7 @@ PRESETS = {
 }
 PRESETS["smoke"] = PRESETS["tiny"] | {  # tiny with less of everything: seconds, for tests
     "data.size": 16, "data.train": 256, "data.val": 64, "vgg.width": 0.125, "evaluator.channels": 8, "evaluator.blocks": 1, "classifier.steps": 20, "classifier.batch": 32,
-    "autoencoder.channels": 16, "autoencoder.code_dim": 16, "quantizer.codes": 32, "adversarial.channels": 8, "adversarial.most": 16, "adversarial.start": 4, "adversarial.ramp": 4,
+    "autoencoder.channels": 16, "autoencoder.code_dim": 16, "quantizer.codes": 32, "adversarial.channels": 8, "adversarial.most": 16, "adversarial.start": 4, "adversarial.ramp": 4, "perceptual.warmup": 4,
     "tokenizer_training.steps": 12, "tokenizer_training.batch": 16, "transformer.blocks": 2, "transformer.heads": 2, "transformer.dim": 32, "transformer.hidden": 64,
     "transformer_training.steps": 12, "transformer_training.batch": 16, "transformer_training.decay_start": 2,
     "evaluation.samples": 64, "evaluation.reference": 128}

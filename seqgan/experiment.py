@@ -177,7 +177,8 @@ class Study:
             c, evaluator = self.config, self.evaluator[0]
             codes = sample_many(self.transformer, self.labels, c.sampler, c.seed)
             save_file({"codes": codes.to(torch.int32)}, folder / "codes.safetensors")
-            fake, reference, labels = self.decode(codes), *self.reference
+            fake, reference = self.decode(codes), self.reference[0]
+            print(f"measuring {len(fake)} generated images against {len(reference)} training images", flush=True)
             found = generation_metrics(fake, reference, evaluator, home() / "runs" / "statistics")
             return found if evaluator == "inception" else found | {"class_accuracy": accuracy(fake, self.labels, evaluator)}
         return run("samples", self._samples, compute, "experiment")

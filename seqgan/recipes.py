@@ -8,6 +8,7 @@ __all__ = ['batched', 'logits_of', 'train_classifier', 'train_tokenizer', 'evalu
 
 # %% ../nbs/15_recipes.ipynb #9bd10a8e
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,7 @@ def train_tokenizer(config, train, val, vgg, evaluator, folder):
     tokenizer = Tokenizer(config.autoencoder, config.quantizer).to(device())
     discriminator = Discriminator(A, config.data.size).to(device())
     scale = mean_squares(vgg, to_float(train.images[torch.randperm(len(train), generator=generator("scale"))[:512]]).to(device())) if config.perceptual.normalize else None
-    perceptual = PerceptualLoss(vgg, config.perceptual, scale)
+    perceptual, details = (PerceptualLoss(vgg, c, scale) for c in (config.perceptual, replace(config.perceptual, alpha=0.0)))
     batches = Batches(train.images, train.labels, T.batch, seed)
     with torch.no_grad():  # the codebook starts as features of the first images: see seqgan.quantizer
         first = [batches(t)[0].to(device()) for t in range(max(1, -(-4 * config.quantizer.codes // (T.batch * config.grid ** 2))))]
@@ -96,7 +97,7 @@ def train_tokenizer(config, train, val, vgg, evaluator, folder):
         terms = discriminate(images, output.detach(), t) if t >= A.train_start else {}
 
         fake = output.detach().requires_grad_()
-        l1, p = (fake - images).abs().mean(), perceptual(fake, images)
+        l1, p = (fake - images).abs().mean(), (details if t < config.perceptual.warmup else perceptual)(fake, images)
         (gradient,) = torch.autograd.grad(l1 + config.perceptual.weight * p["perceptual"], fake)
         if (weight := A.weight * ramp(t, A.start, A.ramp)) > 0:
             with loop.autocast(): adversarial = g_loss(D(fake))

@@ -54,7 +54,7 @@ class Loop:
     def __init__(self, folder, steps, seed, models, optimizers, schedules, clip=1.0, most_skips=10):
         require(steps >= 1, "steps", steps, "at least one")
         self.folder, self.steps, self.seed, self.clip, self.most_skips = Path(folder), steps, seed, clip, most_skips
-        self.schedules, self.skipped, self.skips_in_a_row = schedules, 0, 0
+        self.schedules, self.skipped, self.skips_in_a_row, self.writer = schedules, 0, 0, None
         self.accelerator = Accelerator()
         self.models = {name: self.accelerator.prepare(model) for name, model in models.items()}
         self.optimizers = {name: self.accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
@@ -83,6 +83,9 @@ class Loop:
         Each of `ticks` ticks appends the mean of every term, the rates and `evaluate()`'s numbers to log.jsonl."""
         start, every = self._resume(), max(self.steps // ticks, 1)
         saved, tick, sums = time.monotonic(), time.monotonic(), {}
+        if os.environ.get("SEQGAN_TENSORBOARD"):  # an event file beside the log, when asked for; TensorBoard comes with the dev extra
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(self.folder)
         bar = progress(total=self.steps, initial=start, desc=desc)
         for t in range(start, self.steps):
             torch.manual_seed(seed_of("step", self.seed, t, self.accelerator.process_index))
@@ -105,10 +108,9 @@ class Loop:
         if not self.accelerator.is_main_process: return
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "log.jsonl", "a") as file: file.write(json.dumps(line) + "\n")
-        if os.environ.get("SEQGAN_TENSORBOARD"):  # event files beside the log, when asked for
-            from torch.utils.tensorboard import SummaryWriter
-            with SummaryWriter(self.folder) as writer:
-                for name, value in line.items(): writer.add_scalar(name, value, line["step"])
+        if self.writer:
+            for name, value in line.items(): self.writer.add_scalar(name, value, line["step"])
+            self.writer.flush()
 
     def _save(self, t):
         part, whole = self.folder / f".part-{t}", self.folder / f"checkpoint-{t}"
