@@ -246,7 +246,7 @@ def update(config, changes):
 
 # %% ../nbs/00_config.ipynb #99df8ee6
 _local = {  # what all presets share that run without downloads
-    "vgg.weights": "local", "vgg.batch_norm": True, "vgg.dropout": 0.0, "evaluator.weights": "local", "perceptual.normalize": True,
+    "vgg.weights": "local", "vgg.batch_norm": True, "vgg.dropout": 0.0, "evaluator.weights": "local",
     "quantizer.distance": "squared", "quantizer.normalize": True, "quantizer.gamma": 0.2, "autoencoder.bottom": 2}
 
 PRESETS = {
@@ -254,7 +254,7 @@ PRESETS = {
     "small": _local | {
         "data.size": 64, "vgg.width": 0.5, "vgg.pools": (1, 1, 1, 0, 1), "vgg.head": 4, "evaluator.channels": 64,
         "classifier.steps": 8000, "autoencoder.channels": 64, "autoencoder.multipliers": (1, 2, 2, 4), "quantizer.codes": 512,
-        "perceptual.weight": 2.0, "perceptual.warmup": 4000, "adversarial.weight": 0.2, "adversarial.start": 4000, "adversarial.ramp": 1000,
+        "perceptual.weight": 6.0, "perceptual.warmup": 4000, "adversarial.weight": 0.2, "adversarial.start": 4000, "adversarial.ramp": 1000,
         "autoencoder.code_dim": 32,
         "tokenizer_training.steps": 12_000, "tokenizer_training.lr": 4e-4, "tokenizer_training.lr_end": 1e-5,
         "transformer.blocks": 8, "transformer.heads": 8, "transformer.dim": 512, "transformer.hidden": 2048,
@@ -264,7 +264,7 @@ PRESETS = {
     "tiny": _local | {
         "data.size": 32, "vgg.width": 0.1875, "vgg.pools": (1, 1, 0, 0, 1), "vgg.head": 2, "evaluator.channels": 16,
         "classifier.steps": 1200, "classifier.batch": 64, "autoencoder.channels": 16, "autoencoder.multipliers": (1, 2, 4), "autoencoder.blocks": 1,
-        "autoencoder.code_dim": 16, "quantizer.codes": 256, "perceptual.weight": 2.0, "perceptual.warmup": 400, "adversarial.weight": 0.2,
+        "autoencoder.code_dim": 16, "quantizer.codes": 256, "perceptual.weight": 6.0, "perceptual.warmup": 400, "adversarial.weight": 0.2,
         "adversarial.channels": 16, "adversarial.most": 64, "adversarial.start": 400, "adversarial.ramp": 200,
         "tokenizer_training.steps": 1000, "tokenizer_training.batch": 32, "tokenizer_training.lr": 2e-3, "tokenizer_training.lr_end": 1e-4,
         "transformer.blocks": 4, "transformer.heads": 4, "transformer.dim": 128, "transformer.hidden": 512, "transformer.dropout": 0.0,
