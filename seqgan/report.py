@@ -93,6 +93,16 @@ def figure10(records):
     return fig
 
 # %% ../nbs/18_report.ipynb #94a1a09f
+def _regime(ratio):
+    "What limits generation, from the ratio of reconstruction to generation FID at each alpha: about 0.2 in the paper."
+    span = f"Reconstruction FID is {ratio.min():.0%} to {ratio.max():.0%} of generation FID (paper: {(PAPER_FIGURE6['rFID'] / PAPER_FIGURE6['AR FID']).mean():.0%})"
+    return span + (": the transformer is the limit, as in the paper." if ratio.max() < 0.5 else ": the tokenizer is the limit here, which is not the paper's regime.")
+
+def _semantics(sem):
+    "Whether alpha did its work: the semantic loss on validation images should be lower at alpha = 1 than at alpha = 0."
+    return ("The semantic loss is lower at α = 1, as it should be." if sem[1.0] < sem[0.0] else
+            "The semantic loss is *not* lower at α = 1: this training is too short or its perceptual network too weak for the semantics to be compressed better.")
+
 def reading(records):
     "Markdown: for each panel with both end points, which way the three quantities went from alpha = 0 to alpha = 1, beside the paper."
     p, lines = PAPER_FIGURE6.set_index("alpha"), []
@@ -102,8 +112,9 @@ def reading(records):
         mean = table.select_dtypes("number").groupby(table.alpha).mean()
         if not {0.0, 1.0} <= set(mean.index): continue
         names = [next(c for c in table if c.startswith(start)) for start in ("rFID", "AR FID")] + ["AR val_loss", "L_sem"] + [c for c in table if "class_accuracy" in c]
-        lines.append(f"- {data}, preset {preset}, {table.seed.nunique()} seed(s): " + ", ".join(f"{n} {mean[n][0.0]:.3g} → {mean[n][1.0]:.3g}" for n in names) + ".")
-    return f"From α = 0 to α = 1:\n\n" + "\n".join(lines)
+        lines.append(f"- {data}, preset {preset}, {table.seed.nunique()} seed(s): " + ", ".join(f"{n} {mean[n][0.0]:.3g} → {mean[n][1.0]:.3g}" for n in names)
+                     + f". {_regime(mean[names[0]] / mean[names[1]])} {_semantics(mean['L_sem'])}")
+    return "From α = 0 to α = 1:\n\n" + "\n".join(lines)
 
 def write_figure6():
     "Redraw Figures 6(b) and 10 and their table from all records: reports/figure6.png, figure6.csv, figure10.png. Returns the two figures and the table."
