@@ -9,6 +9,7 @@ __all__ = ['Encoder', 'Decoder']
 from torch import nn
 
 from .config import Autoencoder, require
+from .features import check_images
 from .layers import Downsample, ResidualBlock, Upsample, norm
 
 # %% ../nbs/05_autoencoder.ipynb #74618123
@@ -27,7 +28,7 @@ def _level(config, level, in_channels):
 class Encoder(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] -> features z (B, code_dim, H/f, W/f), f = config.stride (Table 7, phase one).
 
-    H and W may differ. Raises ValueError if one of them is not a multiple of f, or if the images do not have three channels."""
+    H and W may differ. Raises ValueError for images of another range, number of channels or size (`seqgan.features.check_images`)."""
 
     def __init__(self, config: Autoencoder):
         super().__init__()
@@ -38,9 +39,7 @@ class Encoder(nn.Module):
         self.output = _head(widths[-1], config.code_dim)
 
     def forward(self, images):
-        shape = tuple(images.shape)
-        require(len(shape) == 4 and shape[1] == 3 and shape[2] % self.stride == shape[3] % self.stride == 0, "shape of the images", shape,
-                f"(B, 3, H, W) with H and W multiples of the compression ratio {self.stride}")
+        check_images(images, self.stride)
         x = self.levels[0](self.input(images))                                  # (B, c_0, H, W)
         for down, level in zip(self.down, self.levels[1:]): x = level(down(x))  # (B, c_l, H/2^l, W/2^l)
         return self.output(x)                                                   # (B, code_dim, H/f, W/f)

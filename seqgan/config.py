@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
@@ -221,6 +220,7 @@ class Experiment:
     evaluation: Evaluation = Evaluation()
 
     def __post_init__(self):
+        require(0 <= self.perceptual.warmup < self.tokenizer_training.steps, "perceptual.warmup", self.perceptual.warmup, f"from 0 to less than tokenizer_training.steps = {self.tokenizer_training.steps}")
         require(self.data.size % self.autoencoder.stride == 0, "data.size", self.data.size, f"a multiple of the compression ratio {self.autoencoder.stride}")
 
     @property

@@ -6,7 +6,7 @@
 __all__ = ['source_digest', 'revision', 'hardware', 'versions', 'locked', 'run', 'metrics_of', 'Study', 'dataset_name', 'record']
 
 # %% ../nbs/17_experiment.ipynb #2b1c0d9d
-import ast, fcntl, importlib.metadata, json, os, platform, re, shutil, subprocess, time, warnings
+import ast, fcntl, importlib.metadata, json, os, platform, re, shutil, subprocess, time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache, cached_property
@@ -19,10 +19,9 @@ from .autoregressive import sample_many
 from .config import Experiment, device, digest, home, precision, require, root
 from .data import RESIZE, load, resolve
 from .features import VGG, Evaluator, imagenet_vgg, weights_digest
-from .metrics import (accuracy, balanced_labels, balanced_subset, generated_set, generation_metrics, inception_weights, protocol, protocol_id, real_set,
-                            reconstruction_metrics)
+from .perceptual import PerceptualLoss
 from .plot import to_uint8
-from .recipes import batched, extract_codes, train_classifier, train_tokenizer, train_transformer
+from .recipes import batched, evaluate_tokenizer, extract_codes, train_classifier, train_tokenizer, train_transformer
 from .tokenizer import Tokenizer
 from .training import read_log, write_json
 from .transformer import Transformer
@@ -100,6 +99,7 @@ def metrics_of(folder):
 # %% ../nbs/17_experiment.ipynb #0b32ed33
 class Study:
     "All runs of one configuration, each computed when it is first asked for."
+    # seqgan.metrics is imported where something is measured: torch-fidelity brings torchvision, and both take longer to load than a cached study
 
     def __init__(self, config: Experiment):
         self.config = c = replace(config, data=resolve(config.data))
@@ -132,18 +132,33 @@ class Study:
     def evaluator(self):
         "The frozen evaluation network, or 'inception', and its metrics."
         if self.config.evaluator.weights == "local": return self._classifier("evaluator", Evaluator, self.config.evaluator, 1)
+        from seqgan.metrics import inception_weights
         inception_weights()  # before anything is trained: the end of a long run is a bad moment to find them missing
         return "inception", {}
 
     @cached_property
-    def tokenizer_run(self):
+    def warmup_run(self):
+        "The beginning of phase one that is the same for every alpha: its first `perceptual.warmup` steps."
+        perceptual, (vgg, _) = replace(self.config.perceptual, alpha=0.0), self.vgg
         def compute(folder):
-            evaluator = self.evaluator[0]
-            local = None if evaluator == "inception" else evaluator
-            metrics = train_tokenizer(self.config, self.train, self.val, self.vgg[0], local, folder)
+            metrics = train_tokenizer(replace(self.config, perceptual=perceptual), self.train, vgg, folder, until=perceptual.warmup)
+            shutil.rmtree(folder / "end", ignore_errors=True)
+            (folder / f"checkpoint-{perceptual.warmup}").rename(folder / "end")  # a name that `run` does not clear away
+            return metrics
+        return run("warmup", self._tokenizer | dict(perceptual=perceptual), compute)
+
+    @cached_property
+    def tokenizer_run(self):
+        (vgg, _), (evaluator, _), c = self.vgg, self.evaluator, self.config  # first, so that the time of this run is its own
+        start = self.warmup_run / "end" if c.perceptual.warmup else None
+        def compute(folder):
+            from seqgan.metrics import protocol, real_set, reconstruction_metrics
+            metrics = train_tokenizer(c, self.train, vgg, folder, start=start)
             tokenizer = Tokenizer.load(folder / "model.safetensors").to(device())
+            metrics |= evaluate_tokenizer(tokenizer, PerceptualLoss(vgg, c.perceptual), None if evaluator == "inception" else evaluator, self.val)
             fake = batched(lambda x: to_uint8(tokenizer.reconstruct(x)), self.val.images)
-            return metrics | reconstruction_metrics(fake, self.val.images, evaluator)
+            return metrics | reconstruction_metrics(fake, self.val.images, evaluator) | {
+                "protocol": protocol(real_set("validation", self.val.images, RESIZE, self.val.labels), evaluator)}
         return run("tokenizer", self._tokenizer, compute, "experiment")
 
     @cached_property
@@ -167,32 +182,26 @@ class Study:
         return net.requires_grad_(False).eval().to(device())
 
     @cached_property
-    def labels(self):
-        "Classes of the generated images (samples,), balanced."
-        return balanced_labels(self.config.evaluation.samples, len(self.classes))
-
-    @cached_property
     def samples_run(self):
+        transformer, (evaluator, _) = self.transformer, self.evaluator
         def compute(folder):
-            c, evaluator = self.config, self.evaluator[0]
-            codes = sample_many(self.transformer, self.labels, c.sampler, c.seed)
+            from seqgan.metrics import accuracy, balanced_labels, balanced_subset, generated_set, generation_metrics, protocol, real_set
+            c, train = self.config, self.train
+            labels, rows = balanced_labels(c.evaluation.samples, len(self.classes)), balanced_subset(train.labels, c.evaluation.reference)
+            codes = sample_many(transformer, labels, c.sampler, c.seed)
             save_file({"codes": codes.to(torch.int32)}, folder / "codes.safetensors")
-            fake, reference = self.decode(codes), self.reference[0]
+            fake, reference = self.decode(codes), train.images[rows]
             print(f"measuring {len(fake)} generated images against {len(reference)} training images", flush=True)
             found = generation_metrics(fake, reference, evaluator, home() / "runs" / "statistics")
-            return found if evaluator == "inception" else found | {"class_accuracy": accuracy(fake, self.labels, evaluator)}
+            if evaluator != "inception": found["class_accuracy"] = accuracy(fake, labels, evaluator)
+            return found | {"protocol": protocol(real_set("training", reference, RESIZE, train.labels[rows]), evaluator,
+                                                 generated_set(len(fake), asdict(c.sampler), c.seed, labels))}
         return run("samples", self._samples, compute, "experiment")
 
     def decode(self, codes):
         "Images uint8 (N, 3, H, W) of code sequences (N, n)."
         decode = lambda c: to_uint8(self.tokenizer.decode(c.to(device()).long())).cpu()
         return torch.cat([decode(c) for c in codes.view(len(codes), self.config.grid, -1).split(256)])
-
-    @property
-    def reference(self):
-        "The reference set of generation FID: training images uint8 (N, 3, H, W), balanced over the classes, and their labels."
-        rows = balanced_subset(self.train.labels, self.config.evaluation.reference)
-        return self.train.images[rows], self.train.labels[rows]
 
     def samples(self, n):
         "The first n generated images, uint8 (n, 3, H, W)."
@@ -205,20 +214,18 @@ def dataset_name(data):
 
 def record(study):
     "Compute what is missing of a study and write its record; returns it as a dict with the path under 'file'."
-    c, evaluator = study.config, study.evaluator[0]
-    runs = {"tokenizer": study.tokenizer_run, "ar": study.transformer_run, "samples": study.samples_run}
-    tokenizer, ar, samples = (metrics_of(folder) for folder in runs.values())
-    images, labels = study.reference
-    reconstruction = protocol(real_set("validation", study.val.images, RESIZE, study.val.labels), evaluator)
-    generation = protocol(real_set("training", images, RESIZE, labels), evaluator,
-                          generated_set(c.evaluation.samples, asdict(c.sampler), c.seed, study.labels))
+    c = study.config
+    runs = ({"warmup": study.warmup_run} if c.perceptual.warmup else {}) | {"tokenizer": study.tokenizer_run, "ar": study.transformer_run, "samples": study.samples_run}
+    tokenizer, ar, samples = (metrics_of(runs[kind]) for kind in ("tokenizer", "ar", "samples"))
+    reconstruction, generation = (metrics.pop("protocol") for metrics in (tokenizer, samples))
+    seedless = generation | {"judged": {k: v for k, v in generation["judged"].items() if k != "seed"}}  # seeds share a table
     finished = {kind: json.loads((folder / "metrics.json").read_text()) for kind, folder in runs.items()}
     value = dict(
         preset=c.preset, data=dataset_name(c.data), seed=c.seed, alpha=c.perceptual.alpha, config=json.loads(json.dumps(asdict(c))),
         metrics={"tokenizer": tokenizer, "ar": ar, "generation": samples},
         networks={"vgg": study.vgg[1] | {"weights": weights_digest(study.vgg[0])}, "evaluator": study.evaluator[1], "tokenizer": {"weights": weights_digest(study.tokenizer)}},
         protocol={"reconstruction": reconstruction, "generation": generation},
-        protocol_id={"reconstruction": protocol_id(reconstruction), "generation": protocol_id(generation | {"judged": {k: v for k, v in generation["judged"].items() if k != "seed"}})},
+        protocol_id={"reconstruction": digest(reconstruction), "generation": digest(seedless)},
         curves={"ar": [{k: line[k] for k in ("step", "loss", "val_loss")} for line in read_log(study.transformer_run)]},
         seconds={kind: f["seconds"] for kind, f in finished.items()},
         hardware=finished["samples"]["hardware"], versions=finished["samples"]["versions"], revision=finished["samples"]["revision"], code=source_digest("experiment"))

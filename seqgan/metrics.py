@@ -6,7 +6,7 @@
 __all__ = ['INCEPTION_SHA256', 'check_images', 'Images', 'extract', 'LocalExtractor', 'inception_weights', 'is_local',
            'metric_name', 'extractor', 'calculate', 'content_digest', 'statistics_name', 'fid', 'inception_score',
            'psnr', 'accuracy', 'reconstruction_metrics', 'generation_metrics', 'balanced_labels', 'balanced_subset',
-           'real_set', 'generated_set', 'protocol', 'protocol_id']
+           'real_set', 'generated_set', 'protocol']
 
 # %% ../nbs/13_metrics.ipynb #6a94f5eb
 import hashlib, os, warnings
@@ -197,7 +197,3 @@ def protocol(reference, evaluator, generated=None):
     return dict(judged=generated or dict(split=f"{reference['split']}, reconstructed", n=reference["n"]), reference=reference,
                 pixels="uint8, rounded", isc_splits=10, extractor=dict(name=name, sha256=sha256),
                 versions={"torch": torch.__version__.split("+")[0], "torch-fidelity": torch_fidelity.__version__})
-
-def protocol_id(protocol):
-    "Twelve hexadecimal digits of a protocol. Only numbers that share them may share a table."
-    return digest(protocol)

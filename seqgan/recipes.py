@@ -63,8 +63,10 @@ def train_classifier(network, config, train, val, folder, seed):
     return {"accuracy": (predicted == val.labels).float().mean().item(), "classes": len(val.classes), "skipped": loop.skipped}
 
 # %% ../nbs/15_recipes.ipynb #eaef9b42
-def train_tokenizer(config, train, val, vgg, evaluator, folder):
-    "Phase one of the tokenizer for `config`, an Experiment. Saves model.safetensors; returns the diagnostics of `evaluate_tokenizer`."
+def train_tokenizer(config, train, vgg, folder, until=None, start=None):
+    """Phase one of the tokenizer for `config`, an Experiment; writes model.safetensors and returns the number of skipped steps.
+
+    `until`, `start`: the common beginning of several trainings, see `Loop.run`; with `until` the folder's checkpoint is the result."""
     T, A, seed = config.tokenizer_training, config.adversarial, config.seed
     torch.manual_seed(seed_of("tokenizer", seed))
     tokenizer = Tokenizer(config.autoencoder, config.quantizer).to(device())
@@ -108,9 +110,9 @@ def train_tokenizer(config, train, val, vgg, evaluator, folder):
         return {"l1": l1, "low": p["low"], "sem": p["sem"], "perceptual": p["perceptual"], "commit": vq["commit"], "entropy": vq["entropy"],
                 "batch_usage": usage(count_codes(codes, config.quantizer.codes))} | terms
 
-    loop.run(step, desc=folder.name)
-    tokenizer.freeze().save(folder / "model.safetensors")
-    return evaluate_tokenizer(tokenizer, perceptual, evaluator, val) | {"skipped": loop.skipped}
+    loop.run(step, desc=folder.name, until=until, start=start)
+    if until is None: tokenizer.freeze().save(folder / "model.safetensors")
+    return {"skipped": loop.skipped}
 
 # %% ../nbs/15_recipes.ipynb #cfaa3a2d
 def evaluate_tokenizer(tokenizer, perceptual, evaluator, val):

@@ -77,30 +77,32 @@ class Loop:
             raise FloatingPointError(f"{self.skips_in_a_row} steps in a row had a gradient that is not finite (model {name!r}, loss {loss.item():g}) in "
                                      f"{self.folder.name}. The weights are those of the last good step. Lower the learning rate or the weight of the loss that diverges.")
 
-    def run(self, step, evaluate=None, ticks=50, desc="training", save_seconds=60):
+    def run(self, step, evaluate=None, ticks=50, desc="training", save_seconds=60, until=None, start=None):
         """Run `step(t) -> {name: scalar}` for t up to `steps`, from the newest checkpoint on.
 
-        Each of `ticks` ticks appends the mean of every term, the rates and `evaluate()`'s numbers to log.jsonl."""
-        start, every = self._resume(), max(self.steps // ticks, 1)
+        Each of `ticks` ticks appends the mean of every term and `evaluate()`'s numbers to log.jsonl. Runs with a common beginning share it: one
+        ends at step `until` and keeps its checkpoint, the others have that folder as their `start`."""
+        first, last, every = self._resume(start), until or self.steps, max(self.steps // ticks, 1)
         saved, tick, sums = time.monotonic(), time.monotonic(), {}
         if os.environ.get("SEQGAN_TENSORBOARD"):  # an event file beside the log, when asked for; TensorBoard comes with the dev extra
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(self.folder)
-        bar = progress(total=self.steps, initial=start, desc=desc)
-        for t in range(start, self.steps):
+        bar = progress(total=self.steps, initial=first, desc=desc)
+        for t in range(first, last):
             torch.manual_seed(seed_of("step", self.seed, t, self.accelerator.process_index))
             for name, optimizer in self.optimizers.items():
                 for group in optimizer.param_groups: group["lr"] = self.schedules[name](t)
             for name, value in step(t).items(): sums.setdefault(name, []).append(torch.as_tensor(value).detach().float())
             bar.update()
-            if (t + 1) % every and t + 1 < self.steps: continue
+            if (t + 1) % every and t + 1 < last: continue
             line = {name: torch.stack(values).mean().item() for name, values in sums.items()}
             bar.set_postfix({name: f"{value:.3g}" for name, value in list(line.items())[:3]}, refresh=False)
             seconds = (time.monotonic() - tick) / len(next(iter(sums.values()), [0]))
             line = {"step": t + 1} | line | (evaluate() if evaluate else {}) | {"skipped": self.skipped, "seconds_per_step": seconds}
             self._log(line)
             sums, tick = {}, time.monotonic()
-            if time.monotonic() - saved >= save_seconds and t + 1 < self.steps: self._save(t + 1); saved = time.monotonic()
+            if time.monotonic() - saved >= save_seconds and t + 1 < last: self._save(t + 1); saved = time.monotonic()
+        if until: self._save(until)
         bar.close()
         for name in self.models: self.models[name] = self.accelerator.unwrap_model(self.models[name])
 
@@ -121,17 +123,18 @@ class Loop:
             for old in self.folder.glob("checkpoint-*"):
                 if old != whole: shutil.rmtree(old)
 
-    def _resume(self):
-        "Load the newest checkpoint; drop log lines written after it. Returns the step to go on from."
+    def _resume(self, start):
+        "Load the newest checkpoint, or `start`; drop log lines written after it. Returns the step to go on from."
         for part in self.folder.glob(".part-*"): shutil.rmtree(part)
-        newest = max(self.folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), default=None)
+        newest = max(self.folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), default=start)
         if newest is None:
             (self.folder / "log.jsonl").unlink(missing_ok=True)
             return 0
         self.accelerator.load_state(str(newest))
         state = json.loads((newest / "loop.json").read_text())
         self.skipped, self.skips_in_a_row = state["skipped"], state["skips_in_a_row"]
-        kept = [line for line in read_log(self.folder) if line["step"] <= state["step"]]
+        kept = [line for line in read_log(newest.parent) if line["step"] <= state["step"]]
+        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
         print(f"{self.folder.name}: going on from step {state['step']} of {self.steps}")
         return state["step"]
