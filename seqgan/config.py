@@ -122,7 +122,6 @@ class Perceptual:
     "The semantic-enhanced perceptual loss, Equation 3."
     alpha: float = paper(1.0, "Equation 3, the semantic ratio; 1 in phase one of SeQ-GAN")
     weight: float = chosen(1.0, "of the perceptual loss beside L1; Equation 2 writes no weight")
-    normalize: bool = paper(False, "Equation 3 uses raw features; True divides each layer by its mean square on real images")
     warmup: int = paper(0, "one alpha throughout; the first `warmup` steps use alpha = 0, so that short trainings have something to recognise")
 
     def __post_init__(self):
@@ -136,6 +135,7 @@ class Adversarial:
     weight: float = chosen(0.1, "of the generator's adversarial loss beside L1")
     channels: int = chosen(64, "channels at full resolution, doubled at each halving up to `most`")
     most: int = chosen(512, "most channels, as StyleGAN2")
+    lr: float = chosen(1e-4, "learning rate of the discriminator, constant: it must keep up while the tokenizer's falls")
     train_start: int = chosen(0, "step at which the discriminator starts to train")
     start: int = chosen(20_000, "step at which the generator starts to listen")
     ramp: int = chosen(10_000, "steps over which its weight rises linearly")
@@ -253,9 +253,8 @@ PRESETS = {
     "paper": {},
     "small": _local | {
         "data.size": 64, "vgg.width": 0.5, "vgg.pools": (1, 1, 1, 0, 1), "vgg.head": 4, "evaluator.channels": 64,
-        "classifier.steps": 8000, "autoencoder.channels": 64, "autoencoder.multipliers": (1, 2, 2, 4), "quantizer.codes": 512,
-        "perceptual.weight": 6.0, "perceptual.warmup": 4000, "adversarial.weight": 0.2, "adversarial.start": 4000, "adversarial.ramp": 1000,
-        "autoencoder.code_dim": 32,
+        "classifier.steps": 8000, "autoencoder.channels": 64, "autoencoder.multipliers": (1, 2, 2, 4), "autoencoder.code_dim": 32,
+        "perceptual.weight": 2.0, "perceptual.warmup": 8000, "adversarial.lr": 4e-4, "adversarial.train_start": 3000, "adversarial.start": 4000, "adversarial.ramp": 1000,
         "tokenizer_training.steps": 12_000, "tokenizer_training.lr": 4e-4, "tokenizer_training.lr_end": 1e-5,
         "transformer.blocks": 8, "transformer.heads": 8, "transformer.dim": 512, "transformer.hidden": 2048,
         "transformer_training.steps": 10_000, "transformer_training.batch": 128, "transformer_training.lr": 4e-4,
@@ -263,18 +262,18 @@ PRESETS = {
         "evaluation.samples": 10_000, "evaluation.reference": 20_000},
     "tiny": _local | {
         "data.size": 32, "vgg.width": 0.1875, "vgg.pools": (1, 1, 0, 0, 1), "vgg.head": 2, "evaluator.channels": 16,
-        "classifier.steps": 1200, "classifier.batch": 64, "autoencoder.channels": 16, "autoencoder.multipliers": (1, 2, 4), "autoencoder.blocks": 1,
-        "autoencoder.code_dim": 16, "quantizer.codes": 256, "perceptual.weight": 6.0, "perceptual.warmup": 400, "adversarial.weight": 0.2,
-        "adversarial.channels": 16, "adversarial.most": 64, "adversarial.start": 400, "adversarial.ramp": 200,
-        "tokenizer_training.steps": 1000, "tokenizer_training.batch": 32, "tokenizer_training.lr": 2e-3, "tokenizer_training.lr_end": 1e-4,
+        "classifier.steps": 1000, "classifier.batch": 64, "autoencoder.channels": 16, "autoencoder.multipliers": (1, 2, 4), "autoencoder.blocks": 1,
+        "autoencoder.code_dim": 16, "perceptual.weight": 2.0, "perceptual.warmup": 800, "adversarial.lr": 1e-3,
+        "adversarial.channels": 8, "adversarial.most": 64, "adversarial.train_start": 300, "adversarial.start": 400, "adversarial.ramp": 200,
+        "tokenizer_training.steps": 1200, "tokenizer_training.batch": 32, "tokenizer_training.lr": 2e-3, "tokenizer_training.lr_end": 2e-5,
         "transformer.blocks": 4, "transformer.heads": 4, "transformer.dim": 128, "transformer.hidden": 512, "transformer.dropout": 0.0,
-        "transformer_training.steps": 1000, "transformer_training.batch": 64, "transformer_training.lr": 2e-3,
-        "transformer_training.lr_end": 1e-4, "transformer_training.decay_start": 200,
+        "transformer_training.steps": 500, "transformer_training.batch": 64, "transformer_training.lr": 2e-3,
+        "transformer_training.lr_end": 1e-4, "transformer_training.decay_start": 100, "transformer_training.flip": False,
         "evaluation.samples": 4000, "evaluation.reference": 16_000},
 }
 PRESETS["smoke"] = PRESETS["tiny"] | {  # tiny with less of everything: seconds, for tests
     "data.size": 16, "data.train": 256, "data.val": 64, "vgg.width": 0.125, "evaluator.channels": 8, "evaluator.blocks": 1, "classifier.steps": 20, "classifier.batch": 32,
-    "autoencoder.channels": 16, "autoencoder.code_dim": 16, "quantizer.codes": 32, "adversarial.channels": 8, "adversarial.most": 16, "adversarial.start": 4, "adversarial.ramp": 4, "perceptual.warmup": 4,
+    "autoencoder.channels": 16, "autoencoder.code_dim": 16, "quantizer.codes": 32, "adversarial.most": 16, "adversarial.train_start": 2, "adversarial.start": 4, "adversarial.ramp": 4, "perceptual.warmup": 4,
     "tokenizer_training.steps": 12, "tokenizer_training.batch": 16, "transformer.blocks": 2, "transformer.heads": 2, "transformer.dim": 32, "transformer.hidden": 64,
     "transformer_training.steps": 12, "transformer_training.batch": 16, "transformer_training.decay_start": 2,
     "evaluation.samples": 64, "evaluation.reference": 128}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .config import Data, digest, generator, progress, require, root, seed_of
+from .config import digest, generator, progress, require, root, seed_of
 
 # %% ../nbs/02_data.ipynb #32b2477e
 def _cover(distance, pixel):

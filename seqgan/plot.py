@@ -12,7 +12,6 @@ from pathlib import Path
 from textwrap import wrap
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 import torch.nn.functional as F
 

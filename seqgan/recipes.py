@@ -18,7 +18,7 @@ from .autoregressive import next_code_loss
 from .config import device, generator, progress, seed_of
 from .data import Batches, to_float
 from .discriminator import Discriminator, bounded, d_loss, g_loss, r1_penalty, ramp
-from .perceptual import PerceptualLoss, mean_squares
+from .perceptual import PerceptualLoss
 from .quantizer import count_codes, perplexity, usage
 from .tokenizer import Tokenizer
 from .training import Loop, cosine, exponential, one_cycle, read_log
@@ -64,24 +64,22 @@ def train_classifier(network, config, train, val, folder, seed):
 
 # %% ../nbs/15_recipes.ipynb #eaef9b42
 def train_tokenizer(config, train, vgg, folder, until=None, start=None):
-    """Phase one of the tokenizer for `config`, an Experiment; writes model.safetensors and returns the number of skipped steps.
+    """Phase one of the tokenizer for `config`, an Experiment; writes model.safetensors, returns the number of skipped steps and the last adversarial weight.
 
     `until`, `start`: the common beginning of several trainings, see `Loop.run`; with `until` the folder's checkpoint is the result."""
     T, A, seed = config.tokenizer_training, config.adversarial, config.seed
     torch.manual_seed(seed_of("tokenizer", seed))
     tokenizer = Tokenizer(config.autoencoder, config.quantizer).to(device())
     discriminator = Discriminator(A, config.data.size).to(device())
-    scale = mean_squares(vgg, to_float(train.images[torch.randperm(len(train), generator=generator("scale"))[:512]]).to(device())) if config.perceptual.normalize else None
-    perceptual, details = (PerceptualLoss(vgg, c, scale) for c in (config.perceptual, replace(config.perceptual, alpha=0.0)))
+    perceptual, details = (PerceptualLoss(vgg, c) for c in (config.perceptual, replace(config.perceptual, alpha=0.0)))
     batches = Batches(train.images, train.labels, T.batch, seed)
     with torch.no_grad():  # the codebook starts as features of the first images: see seqgan.quantizer
         first = [batches(t)[0].to(device()) for t in range(max(1, -(-4 * config.quantizer.codes // (T.batch * config.grid ** 2))))]
         tokenizer.quantizer.init_from(torch.cat([tokenizer.encoder(x) for x in first]), seed)
 
-    rate = lambda t: cosine(t, T.steps, T.lr, T.lr_end)
     loop = Loop(folder, T.steps, seed, {"tokenizer": tokenizer, "discriminator": discriminator},
                 {name: torch.optim.Adam(m.parameters(), T.lr, T.betas) for name, m in (("tokenizer", tokenizer), ("discriminator", discriminator))},
-                {"tokenizer": rate, "discriminator": rate})
+                {"tokenizer": lambda t: cosine(t, T.steps, T.lr, T.lr_end), "discriminator": lambda t: A.lr})
     G, D = loop.models["tokenizer"], loop.models["discriminator"]
     G.train()
 
@@ -112,7 +110,7 @@ def train_tokenizer(config, train, vgg, folder, until=None, start=None):
 
     loop.run(step, desc=folder.name, until=until, start=start)
     if until is None: tokenizer.freeze().save(folder / "model.safetensors")
-    return {"skipped": loop.skipped}
+    return {name: value for name, value in read_log(folder)[-1].items() if name in ("adversarial_scale", "skipped")}
 
 # %% ../nbs/15_recipes.ipynb #cfaa3a2d
 def evaluate_tokenizer(tokenizer, perceptual, evaluator, val):

@@ -1,7 +1,6 @@
 """The commands of the README as a user types them, at preset `smoke`."""
 import json
 import sys
-import time
 
 import pytest
 from conftest import ROOT
