@@ -263,9 +263,9 @@ PRESETS = {
     "tiny": _local | {
         "data.size": 32, "vgg.width": 0.1875, "vgg.pools": (1, 1, 0, 0, 1), "vgg.head": 2, "evaluator.channels": 16,
         "classifier.steps": 1000, "classifier.batch": 64, "autoencoder.channels": 16, "autoencoder.multipliers": (1, 2, 4), "autoencoder.blocks": 1,
-        "autoencoder.code_dim": 16, "perceptual.weight": 2.0, "perceptual.warmup": 800, "adversarial.lr": 1e-3,
+        "autoencoder.code_dim": 16, "perceptual.weight": 2.0, "perceptual.warmup": 900, "adversarial.lr": 1e-3,
         "adversarial.channels": 8, "adversarial.most": 64, "adversarial.train_start": 300, "adversarial.start": 400, "adversarial.ramp": 200,
-        "tokenizer_training.steps": 1200, "tokenizer_training.batch": 32, "tokenizer_training.lr": 2e-3, "tokenizer_training.lr_end": 2e-5,
+        "tokenizer_training.steps": 1400, "tokenizer_training.batch": 32, "tokenizer_training.lr": 2e-3, "tokenizer_training.lr_end": 2e-5,
         "transformer.blocks": 4, "transformer.heads": 4, "transformer.dim": 128, "transformer.hidden": 512, "transformer.dropout": 0.0,
         "transformer_training.steps": 500, "transformer_training.batch": 64, "transformer_training.lr": 2e-3,
         "transformer_training.lr_end": 1e-4, "transformer_training.decay_start": 100, "transformer_training.flip": False,
