@@ -38,7 +38,9 @@ def source_digest(module="recipes"):
         for node in ast.walk(tree):
             if ast.get_docstring(node, False) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) else None: node.body = node.body[1:]
         seen[name] = ast.dump(tree)
-        todo += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module not in seen]
+        imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]  # relative at the top; inside functions nbdev leaves `seqgan.` as it is
+        own = [n.module.removeprefix("seqgan.") for n in imports if n.level == 1 or n.module.startswith("seqgan.")]
+        todo += [module for module in own if module not in seen]
     return digest(seen)
 
 @cache
