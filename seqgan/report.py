@@ -96,7 +96,8 @@ def figure10(records):
 def _regime(ratio):
     "What limits generation, from the ratio of reconstruction to generation FID at each alpha: about 0.2 in the paper."
     span = f"Reconstruction FID is {ratio.min():.0%} to {ratio.max():.0%} of generation FID (paper: {(PAPER_FIGURE6['rFID'] / PAPER_FIGURE6['AR FID']).mean():.0%})"
-    return span + (": the transformer is the limit, as in the paper." if ratio.max() < 0.5 else ": the tokenizer is the limit here, which is not the paper's regime.")
+    limit = "the transformer is the limit, as in the paper" if ratio.max() < 0.5 else "the tokenizer is the limit, which is not the paper's regime" if ratio.min() > 0.75 else "transformer and tokenizer both limit generation"
+    return f"{span}: {limit}."
 
 def _semantics(sem):
     "Whether alpha did its work: the semantic loss on validation images should be lower at alpha = 1 than at alpha = 0."
