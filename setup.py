@@ -13,4 +13,5 @@ setup(
     long_description=(Path(__file__).parent / "README.md").read_text(), long_description_content_type="text/markdown",
     packages=["seqgan"], python_requires=f">={cfg['min_python']},<3.13",
     install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -10,17 +10,17 @@ from torch import nn
 
 from .config import Autoencoder, require
 from .features import check_images
-from .layers import Downsample, ResidualBlock, Upsample, norm
+from .layers import BDAttention, Downsample, ResidualBlock, Upsample, norm
 
 # %% ../nbs/05_autoencoder.ipynb #74618123
 def _conv(in_channels, out_channels): return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 def _head(channels, out_channels): return nn.Sequential(norm(channels), nn.SiLU(), _conv(channels, out_channels))
 
-def _level(config, level, in_channels):
-    "The residual blocks of one resolution (0: the finest); the first one changes the number of channels."
+def _level(config, level, in_channels, extra=0):
+    "The residual blocks of one resolution (0: the finest), `extra` more than in Table 7; the first one changes the number of channels."
     width = config.channels * config.multipliers[level]
-    count = config.bottom if level == len(config.multipliers) - 1 else config.blocks
+    count = (config.bottom if level == len(config.multipliers) - 1 else config.blocks) + extra
     require(count >= 1, "residual blocks a resolution", count, "at least 1")
     return nn.Sequential(*(ResidualBlock(width if i else in_channels, width) for i in range(count)))
 
@@ -46,20 +46,24 @@ class Encoder(nn.Module):
 
 # %% ../nbs/05_autoencoder.ipynb #4b54bc6a
 class Decoder(nn.Module):
-    """Quantized features z_q (B, code_dim, h, w) -> images (B, 3, f h, f w), around [-1, 1] but not limited to it (Table 7, phase one).
+    """Quantized features z_q (B, code_dim, h, w) -> images (B, 3, f h, f w), around [-1, 1] but not limited to it (Table 7).
 
-    Raises ValueError if z_q does not have code_dim channels."""
+    `config.attention` pairs of B&D attention end each level (1: Table 7, phase two), after `config.extra_blocks` more residual blocks (Table 1).
+    Raises ValueError if z_q does not have code_dim channels; with attention, also if a grid does not divide into blocks (`seqgan.layers.BlockAttention`)."""
 
     def __init__(self, config: Autoencoder):
         super().__init__()
         self.code_dim, widths = config.code_dim, [config.channels * m for m in config.multipliers]
         self.input = _conv(config.code_dim, widths[-1])
-        self.levels = nn.ModuleList(_level(config, l, widths[l]) for l in reversed(range(len(widths))))
+        self.levels = nn.ModuleList(_level(config, l, widths[l], config.extra_blocks) for l in reversed(range(len(widths))))
         self.up = nn.ModuleList(map(Upsample, widths[:0:-1], widths[-2::-1]))
         self.output = _head(widths[0], 3)
+        self.attention = nn.ModuleList(  # empty, the identity, in phase one
+            nn.Sequential(*(BDAttention(width, config.attention_heads, config.attention_block) for _ in range(config.attention))) for width in widths[::-1])
 
     def forward(self, z_q):
         require(z_q.ndim == 4 and z_q.shape[1] == self.code_dim, "shape of the features", tuple(z_q.shape), f"(B, {self.code_dim}, h, w)")
-        x = self.levels[0](self.input(z_q))                                     # (B, c_L, h, w)
-        for up, level in zip(self.up, self.levels[1:]): x = level(up(x))        # (B, c_l, f h/2^l, f w/2^l)
+        x = self.attention[0](self.levels[0](self.input(z_q)))                  # (B, c_L, h, w)
+        for up, level, attention in zip(self.up, self.levels[1:], self.attention[1:]):
+            x = attention(level(up(x)))                                         # (B, c_l, f h/2^l, f w/2^l)
         return self.output(x)                                                   # (B, 3, f h, f w)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'paper', 'chosen', 'require', 'Data', 'VGG', 'Evaluator', 'Classifier', 'Autoencoder', 'Quantizer',
-           'Perceptual', 'Adversarial', 'TokenizerTraining', 'Transformer', 'TransformerTraining', 'Sampler',
-           'Evaluation', 'Experiment', 'update', 'preset', 'table', 'to_json', 'digest', 'seed_of', 'generator',
-           'in_test', 'root', 'home', 'device', 'precision', 'progress']
+           'Perceptual', 'Adversarial', 'TokenizerTraining', 'SecondPhase', 'Transformer', 'TransformerTraining',
+           'Sampler', 'MaskedSampler', 'Evaluation', 'Experiment', 'update', 'preset', 'table', 'to_json', 'digest',
+           'seed_of', 'generator', 'in_test', 'root', 'home', 'device', 'precision', 'progress']
 
 # %% ../nbs/00_config.ipynb #69a3668e
 import hashlib, json, os, sys, tempfile, warnings
@@ -87,15 +87,21 @@ class Classifier:
 # %% ../nbs/00_config.ipynb #73e41da0
 @dataclass(frozen=True)
 class Autoencoder:
-    "Encoder and decoder of Table 7, convolution only (phase one)."
+    "Encoder and decoder of Table 7: convolution only (phase one), or with attention in the decoder (phase two)."
     channels: int = paper(128, "Table 7")
     multipliers: tuple = paper((1, 1, 2, 2, 4), "Table 7")
     blocks: int = paper(2, "Table 7, residual blocks a resolution")
     bottom: int = paper(4, "Table 7, residual blocks at the coarsest resolution")
     code_dim: int = paper(256, "Table 7, channels of the code grid")
+    attention: int = paper(0, "Table 7, pairs of regional and dilated attention at each decoder level: 1 in phase two, 2 in Table 1's '+Attention×2'")
+    attention_block: int = chosen(8, "side of a group of positions that attend to one another; 8 is HiT's at 32×32 and 64×64")
+    attention_heads: int = chosen(4, "HiT's at its widths of 256 and 128; 32 to 128 channels a head")
+    extra_blocks: int = paper(0, "Table 1, residual blocks added at each decoder level: 2 in '+Conv×2'")
 
     def __post_init__(self):
         require(len(self.multipliers) >= 1 and min(self.multipliers) >= 1, "autoencoder.multipliers", self.multipliers, "one positive integer a resolution")
+        require(self.attention >= 0 and self.extra_blocks >= 0, "autoencoder.attention, autoencoder.extra_blocks", (self.attention, self.extra_blocks), "neither negative")
+        require(self.attention_block >= 1, "autoencoder.attention_block", self.attention_block, "at least 1")
 
     @property
     def stride(self):
@@ -104,23 +110,30 @@ class Autoencoder:
 
 @dataclass(frozen=True)
 class Quantizer:
-    "The codebook: Equations 1 and 2, and the entropy term of section 3.4."
+    "The codebook: Equations 1 and 2, and what Table 5 compares to keep it in use: entropy, factorisation, k-means."
     codes: int = paper(1024, "section 4, K")
     beta: float = paper(0.25, "Equation 2, on the commitment term")
     gamma: float = paper(0.01, "section 3.4, weight of the entropy of the mean assignment")
     distance: str = paper("l2", "section 3.4: soft assignments from the L2 distance; 'squared' is the named departure")
     temperature: float = paper(1.0, "section 3.4: softmax(-distance) has no temperature")
     normalize: bool = chosen(False, "layer normalisation of z before quantisation; the paper does not mention one")
+    factors: int = paper(0, "Table 5, dimensions of a factorised and normalised code: 32 in '+ F&N', with 8192 codes; 0 is not factorised")
+    kmeans_every: int = paper(0, "Table 5, steps between re-estimations of the codebook in '+ K-means', which does not give them (VQFR, by the same first author: 2000); 0 is never")
+    kmeans_last: int = chosen(30_000, "last step at which the codebook is re-estimated, as VQFR")
+    kmeans_buffer: int = chosen(16_384, "most recent features that it is re-estimated from, as many as VQFR")
 
     def __post_init__(self):
         require(self.codes >= 2, "quantizer.codes", self.codes, "at least 2")
         require(self.distance in ("l2", "squared"), "quantizer.distance", self.distance, "'l2' or 'squared'")
         require(self.temperature > 0, "quantizer.temperature", self.temperature, "a positive number")
+        require(self.factors >= 0 and self.kmeans_every >= 0, "quantizer.factors, quantizer.kmeans_every", (self.factors, self.kmeans_every), "neither negative; 0 is without")
+        require(not self.kmeans_every or self.kmeans_buffer >= self.codes, "quantizer.kmeans_buffer", self.kmeans_buffer, f"at least one feature for each of the {self.codes} codes")
 
 @dataclass(frozen=True)
 class Perceptual:
     "The semantic-enhanced perceptual loss, Equation 3."
     alpha: float = paper(1.0, "Equation 3, the semantic ratio; 1 in phase one of SeQ-GAN")
+    layers: tuple = paper((), "Table 6: the layers that count, each with weight 1; empty for Equation 3")
     weight: float = chosen(1.0, "of the perceptual loss beside L1; Equation 2 writes no weight")
     warmup: int = paper(0, "one alpha throughout; the first `warmup` steps use alpha = 0, so that short trainings have something to recognise")
 
@@ -157,29 +170,48 @@ class TokenizerTraining:
 
 # %% ../nbs/00_config.ipynb #d7b25da3
 @dataclass(frozen=True)
+class SecondPhase:
+    "Section 3.4: encoder and codebook frozen, the decoder enhanced and fine-tuned for details (Table 9)."
+    steps: int = paper(200_000, "Table 9, ImageNet")
+    batch: int = paper(128, "Table 9, ImageNet")
+    lr: float = paper(5e-5, "Table 9, constant")
+    lr_end: float = paper(5e-5, "Table 9, constant")
+    betas: tuple = paper((0.5, 0.9), "Table 9, Adam")
+    alpha: float = paper(0.0, "section 3.4; the control of the ablation keeps phase one's")
+    attention: int = paper(1, "Table 7: B&D attention pairs a level of the decoder; the control of the ablation has none")
+
+    def __post_init__(self):
+        require(0 <= self.alpha <= 1, "second_phase.alpha", self.alpha, "the semantic ratio of Equation 3 lies in [0, 1]")
+
+@dataclass(frozen=True)
 class Transformer:
-    "The backbone of Table 8; `conditional` on the class or not."
+    "The backbone of Table 8; `causal` (AR) or masked (NAR), `conditional` on the class or not."
     blocks: int = paper(24, "Table 8")
     heads: int = paper(16, "Table 8")
     dim: int = paper(768, "Table 8")
     hidden: int = paper(3072, "Table 8")
     dropout: float = paper(0.1, "Table 8")
     conditional: bool = paper(True, "section 4.3, ImageNet")
+    causal: bool = paper(True, "Table 8 and section 6.1: the autoregressive transformer, AR; False is the masked one, NAR")
 
     def __post_init__(self):
         require(self.dim % self.heads == 0, "transformer.heads", self.heads, f"a divisor of dim = {self.dim}")
 
 @dataclass(frozen=True)
 class TransformerTraining:
-    "Optimiser and schedule of the autoregressive transformer (Table 10; ablations: section 6.1)."
+    "Optimiser and schedule of the transformers (Table 10; ablations: section 6.1)."
     steps: int = paper(500_000, "section 6.1, ablations; 1.5M in Table 10")
     batch: int = paper(64, "section 6.1, ablations; 256 in Table 10")
     lr: float = paper(1e-4, "Table 10")
     lr_end: float = paper(5e-6, "Table 10, exponential")
-    decay_start: int = paper(80_000, "Table 10")
+    decay: str = paper("exponential", "Table 10, AR; 'linear' for NAR")
+    decay_start: int = paper(80_000, "Table 10, AR; 50k for NAR")
     betas: tuple = paper((0.9, 0.96), "Table 10, AdamW")
     weight_decay: float = paper(1e-2, "Table 10")
     flip: bool = chosen(True, "train on the codes of the images and of their mirror images")
+
+    def __post_init__(self):
+        require(self.decay in ("exponential", "linear"), "transformer_training.decay", self.decay, "'exponential' or 'linear'")
 
 @dataclass(frozen=True)
 class Sampler:
@@ -194,6 +226,18 @@ class Sampler:
         require(self.top_k >= 0, "sampler.top_k", self.top_k, "0 (all codes) or more")
 
 @dataclass(frozen=True)
+class MaskedSampler:
+    "How codes are drawn from the masked transformer, by iterative decoding."
+    steps: int = paper(12, "Tables 3 and 4, NAR")
+    temperature: float = paper(0.45, "Table 10, ImageNet: sampling temperature")
+    noise: float = chosen(4.5, "weight of the Gumbel noise on the confidences, falling linearly to 0; the choice temperature of MaskGIT's public decoding")
+
+    def __post_init__(self):
+        require(self.steps >= 1, "masked_sampler.steps", self.steps, "at least 1")
+        require(self.temperature >= 0, "masked_sampler.temperature", self.temperature, "0 (the most likely code) or more")
+        require(self.noise >= 0, "masked_sampler.noise", self.noise, "0 (the most confident codes are kept) or more")
+
+@dataclass(frozen=True)
 class Evaluation:
     "What the metrics are measured on."
     samples: int = chosen(50_000, "generated images, balanced over the classes; the common convention")
@@ -205,6 +249,7 @@ class Experiment:
     "One configuration of the whole study. Its defaults are the paper's ImageNet ablation."
     preset: str = "paper"
     seed: int = 0
+    phase: int = 1  # which decoder draws the images: phase one's, or phase two's
     data: Data = Data()
     vgg: VGG = VGG()
     evaluator: Evaluator = Evaluator()
@@ -214,14 +259,20 @@ class Experiment:
     perceptual: Perceptual = Perceptual()
     adversarial: Adversarial = Adversarial()
     tokenizer_training: TokenizerTraining = TokenizerTraining()
+    second_phase: SecondPhase = SecondPhase()
     transformer: Transformer = Transformer()
     transformer_training: TransformerTraining = TransformerTraining()
     sampler: Sampler = Sampler()
+    masked_sampler: MaskedSampler = MaskedSampler()
     evaluation: Evaluation = Evaluation()
 
     def __post_init__(self):
+        require(self.phase in (1, 2), "phase", self.phase, "1 or 2")
         require(0 <= self.perceptual.warmup < self.tokenizer_training.steps, "perceptual.warmup", self.perceptual.warmup, f"from 0 to less than tokenizer_training.steps = {self.tokenizer_training.steps}")
         require(self.data.size % self.autoencoder.stride == 0, "data.size", self.data.size, f"a multiple of the compression ratio {self.autoencoder.stride}")
+        block, sides = self.autoencoder.attention_block, [self.grid << level for level in range(len(self.autoencoder.multipliers))]
+        require(not self.autoencoder.attention or all(side <= block or side % block == 0 for side in sides), "autoencoder.attention_block", block, f"for the grids of the decoder, of side {sides}, each a multiple of it or smaller")
+        require(self.transformer.causal or self.masked_sampler.steps <= self.grid ** 2, "masked_sampler.steps", self.masked_sampler.steps, f"at most the {self.grid ** 2} codes of an image: each step reveals at least one")
 
     @property
     def grid(self):
@@ -253,28 +304,30 @@ PRESETS = {
     "paper": {},
     "small": _local | {
         "data.size": 64, "vgg.width": 0.5, "vgg.pools": (1, 1, 1, 0, 1), "vgg.head": 4, "evaluator.channels": 64,
-        "classifier.steps": 8000, "autoencoder.channels": 64, "autoencoder.multipliers": (1, 2, 2, 4), "autoencoder.code_dim": 32,
+        "classifier.steps": 8000, "autoencoder.channels": 64, "autoencoder.multipliers": (1, 2, 2, 4), "autoencoder.code_dim": 32, "autoencoder.attention_heads": 2, "quantizer.kmeans_last": 4000,
         "perceptual.weight": 2.0, "perceptual.warmup": 8000, "adversarial.lr": 4e-4, "adversarial.train_start": 3000, "adversarial.start": 4000, "adversarial.ramp": 1000,
         "tokenizer_training.steps": 12_000, "tokenizer_training.lr": 4e-4, "tokenizer_training.lr_end": 1e-5,
+        "second_phase.steps": 4000, "second_phase.batch": 64, "second_phase.lr": 2e-4, "second_phase.lr_end": 1e-5,
         "transformer.blocks": 8, "transformer.heads": 8, "transformer.dim": 512, "transformer.hidden": 2048,
         "transformer_training.steps": 10_000, "transformer_training.batch": 128, "transformer_training.lr": 4e-4,
         "transformer_training.lr_end": 2e-5, "transformer_training.decay_start": 2000,
         "evaluation.samples": 10_000, "evaluation.reference": 20_000},
     "tiny": _local | {
         "data.size": 32, "vgg.width": 0.1875, "vgg.pools": (1, 1, 0, 0, 1), "vgg.head": 2, "evaluator.channels": 16,
-        "classifier.steps": 1000, "classifier.batch": 64, "autoencoder.channels": 16, "autoencoder.multipliers": (1, 2, 4), "autoencoder.blocks": 1,
-        "autoencoder.code_dim": 16, "perceptual.weight": 2.0, "perceptual.warmup": 900, "adversarial.lr": 1e-3,
+        "classifier.steps": 850, "classifier.batch": 64, "autoencoder.channels": 16, "autoencoder.multipliers": (1, 2, 4), "autoencoder.blocks": 1,
+        "autoencoder.code_dim": 16, "autoencoder.attention_heads": 1, "quantizer.kmeans_last": 600, "perceptual.weight": 2.0, "perceptual.warmup": 850, "adversarial.lr": 1e-3,
         "adversarial.channels": 8, "adversarial.most": 64, "adversarial.train_start": 300, "adversarial.start": 400, "adversarial.ramp": 200,
-        "tokenizer_training.steps": 1400, "tokenizer_training.batch": 32, "tokenizer_training.lr": 2e-3, "tokenizer_training.lr_end": 2e-5,
-        "transformer.blocks": 4, "transformer.heads": 4, "transformer.dim": 128, "transformer.hidden": 512, "transformer.dropout": 0.0,
-        "transformer_training.steps": 500, "transformer_training.batch": 64, "transformer_training.lr": 2e-3,
+        "tokenizer_training.steps": 1300, "tokenizer_training.batch": 32, "tokenizer_training.lr": 2e-3, "tokenizer_training.lr_end": 2e-5,
+        "second_phase.steps": 400, "second_phase.batch": 32, "second_phase.lr": 1e-3, "second_phase.lr_end": 2e-5,
+        "transformer.blocks": 3, "transformer.heads": 4, "transformer.dim": 128, "transformer.hidden": 512, "transformer.dropout": 0.0,
+        "transformer_training.steps": 400, "transformer_training.batch": 64, "transformer_training.lr": 2e-3,
         "transformer_training.lr_end": 1e-4, "transformer_training.decay_start": 100, "transformer_training.flip": False,
         "evaluation.samples": 4000, "evaluation.reference": 16_000},
 }
 PRESETS["smoke"] = PRESETS["tiny"] | {  # tiny with less of everything: seconds, for tests
     "data.size": 16, "data.train": 256, "data.val": 64, "vgg.width": 0.125, "evaluator.channels": 8, "evaluator.blocks": 1, "classifier.steps": 20, "classifier.batch": 32,
-    "autoencoder.channels": 16, "autoencoder.code_dim": 16, "quantizer.codes": 32, "adversarial.most": 16, "adversarial.train_start": 2, "adversarial.start": 4, "adversarial.ramp": 4, "perceptual.warmup": 4,
-    "tokenizer_training.steps": 12, "tokenizer_training.batch": 16, "transformer.blocks": 2, "transformer.heads": 2, "transformer.dim": 32, "transformer.hidden": 64,
+    "autoencoder.channels": 16, "autoencoder.code_dim": 16, "quantizer.codes": 32, "quantizer.kmeans_last": 4, "quantizer.kmeans_buffer": 512, "adversarial.most": 16, "adversarial.train_start": 2, "adversarial.start": 4, "adversarial.ramp": 4, "perceptual.warmup": 4,
+    "tokenizer_training.steps": 12, "tokenizer_training.batch": 16, "second_phase.steps": 6, "second_phase.batch": 16, "transformer.blocks": 2, "transformer.heads": 2, "transformer.dim": 32, "transformer.hidden": 64,
     "transformer_training.steps": 12, "transformer_training.batch": 16, "transformer_training.decay_start": 2,
     "evaluation.samples": 64, "evaluation.reference": 128}
 

@@ -25,9 +25,13 @@ def layer_losses(real, fake):
     return {name: F.mse_loss(fake[name].float(), real[name].float()) for name in _LAYERS}  # means over B, C, H and W
 
 # %% ../nbs/07_perceptual.ipynb #4229c57c
-def layer_weights(alpha):
-    "How much each layer's term counts in Equation 3: {layer: weight}. Raises ValueError for alpha outside [0, 1]."
+def layer_weights(alpha, layers=()):
+    """How much each layer's term counts: {layer: weight}. Equation 3 with the semantic ratio `alpha`; or `layers`, each with weight 1 (Table 6).
+
+    Raises ValueError for alpha outside [0, 1] and for a layer that does not exist."""
     require(0 <= alpha <= 1, "alpha", alpha, "the semantic ratio of Equation 3 lies in [0, 1]")
+    require(set(layers) <= set(_LAYERS), "layers", layers, f"some of {', '.join(_LAYERS)}")
+    if layers: return {name: float(name in layers) for name in _LAYERS}
     return {name: alpha * (name in SEM) + (1 - alpha) * (name in LOW) for name in _LAYERS}
 
 def perceptual_loss(losses, weights):
@@ -44,7 +48,7 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, vgg, config: PerceptualConfig):
         super().__init__()
-        self.vgg, self.config = vgg.requires_grad_(False).eval(), config
+        self.vgg, self.config = vgg.requires_grad_(False).eval().to(memory_format=torch.channels_last), config
 
     def train(self, mode=True):
         super().train(mode)
@@ -54,6 +58,7 @@ class PerceptualLoss(nn.Module):
     def forward(self, fake, real):
         require(fake.shape == real.shape, "fake.shape", tuple(fake.shape), f"the real images have shape {tuple(real.shape)}")
         with torch.autocast(fake.device.type, enabled=False):
-            with torch.no_grad(): target = self.vgg(real.float())
-            terms = layer_losses(target, self.vgg(fake.float()))
-            return perceptual_loss(terms, layer_weights(self.config.alpha)) | {name: term.detach() for name, term in terms.items()}
+            real, fake = (images.float().contiguous(memory_format=torch.channels_last) for images in (real, fake))  # a fifth faster
+            with torch.no_grad(): target = self.vgg(real)
+            terms = layer_losses(target, self.vgg(fake))
+            return perceptual_loss(terms, layer_weights(self.config.alpha, self.config.layers)) | {name: term.detach() for name, term in terms.items()}

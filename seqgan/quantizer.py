@@ -70,45 +70,56 @@ class Quantizer(nn.Module):
     """Codebook with straight-through gradient, commitment and entropy terms (Equations 1 and 2, section 3.4). Float32 throughout.
 
     `forward`: z (B, D, h, w) -> z_q (B, D, h, w), codes (B, h, w) int64 in [0, K), and the losses
-    `codebook`, `commit` (Equation 2, without beta), `entropy` (nats, at most ln K) and `vq`, the term of the training loss."""
+    `codebook`, `commit` (Equation 2, without beta), `entropy` (nats, at most ln K) and `vq`, the term of the training loss.
+    Features and codes are compared in d dimensions: d = D, or `config.factors` of them and then with vectors of length 1 (Table 5, ViT-VQGAN)."""
 
     def __init__(self, config: QuantizerConfig, code_dim: int):
         super().__init__()
-        self.config = config
-        self.codebook = nn.Parameter(torch.randn(config.codes, code_dim))  # (K, D), until `init_from`
+        self.config, self.code_dim, d = config, code_dim, config.factors or code_dim
+        self.codebook = nn.Parameter(torch.randn(config.codes, d))        # (K, d), until `init_from`
+        self.down, self.up = (nn.Linear(code_dim, d), nn.Linear(d, code_dim)) if config.factors else (nn.Identity(), nn.Identity())
+
+    def unit(self, x):
+        "Vectors (..., d) scaled to length 1 if the codes are factorised, else as they are."
+        return F.normalize(x, dim=-1) if self.config.factors else x
+
+    def vectors(self):
+        "What features are compared with: the codes (K, d), of length 1 if they are factorised."
+        return self.unit(self.codebook)
 
     def features(self, z):
-        "What is compared with the codes: z (B, D, h, w) -> (B, h, w, D) in float32, layer-normalised if the configuration says so."
-        dim = self.codebook.shape[1]
-        require(z.ndim == 4 and z.shape[1] == dim, "z.shape", tuple(z.shape), f"the codebook quantises features of shape (B, {dim}, h, w)")
-        z = z.float().permute(0, 2, 3, 1)
-        return F.layer_norm(z, (dim,)) if self.config.normalize else z
+        "What is compared with the codes: z (B, D, h, w) -> (B, h, w, d) in float32; layer-normalised or factorised if the configuration says so."
+        require(z.ndim == 4 and z.shape[1] == self.code_dim, "z.shape", tuple(z.shape), f"the codebook quantises features of shape (B, {self.code_dim}, h, w)")
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float().permute(0, 2, 3, 1)
+            return self.unit(self.down(F.layer_norm(z, (self.code_dim,)) if self.config.normalize else z))
 
     def encode(self, z):
         "Codes only: z (B, D, h, w) -> (B, h, w) int64."
         z = self.features(z)
-        return nearest(z.flatten(0, 2), self.codebook).view(z.shape[:3])
+        return nearest(z.flatten(0, 2), self.vectors()).view(z.shape[:3])
 
     def forward(self, z):
         c = self.config
         with torch.autocast(z.device.type, enabled=False):
-            z = self.features(z)                                          # (B, h, w, D)
-            flat = z.flatten(0, 2)                                        # (B·h·w, D)
-            codes = nearest(flat, self.codebook).view(z.shape[:3])        # (B, h, w)
-            z_q = F.embedding(codes, self.codebook)                       # (B, h, w, D)
-            losses = dict(codebook=F.mse_loss(z_q, z.detach()), commit=F.mse_loss(z, z_q.detach()))
+            z, vectors = self.features(z), self.vectors()                 # (B, h, w, d), (K, d)
+            flat = z.flatten(0, 2)                                        # (B·h·w, d)
             with torch.set_grad_enabled(torch.is_grad_enabled() and c.gamma > 0):  # at gamma = 0 a report only
-                distances = soft_distances(squared_distances(flat, self.codebook), c.distance)
-                losses["entropy"] = entropy(mean_assignment(distances, c.temperature))
+                squared = squared_distances(flat, vectors)                # (B·h·w, K), for the codes and for the entropy
+                soft_usage = entropy(mean_assignment(soft_distances(squared, c.distance), c.temperature))
+            codes = squared.detach().argmin(1).view(z.shape[:3])          # (B, h, w), Equation 1
+            z_q = F.embedding(codes, vectors)                             # (B, h, w, d)
+            losses = dict(codebook=F.mse_loss(z_q, z.detach()), commit=F.mse_loss(z, z_q.detach()), entropy=soft_usage)
             losses["vq"] = losses["codebook"] + c.beta * losses["commit"] - c.gamma * losses["entropy"]
-            z_q = z_q.detach() + (z - z.detach())                         # straight-through
+            z_q = self.up(z_q.detach() + (z - z.detach()))                # straight-through, (B, h, w, D)
             return z_q.permute(0, 3, 1, 2).contiguous(), codes, losses    # (B, D, h, w), (B, h, w)
 
     def lookup(self, codes):
         "The code vectors: codes (B, h, w) int64 -> z_q (B, D, h, w). Raises ValueError for another type or shape, or a code outside [0, K)."
         require(codes.dtype == torch.int64 and codes.ndim == 3, "codes", (codes.dtype, tuple(codes.shape)), "int64 of shape (B, h, w)")
         check_codes(codes, len(self.codebook))
-        return F.embedding(codes, self.codebook).permute(0, 3, 1, 2).contiguous()
+        with torch.autocast(codes.device.type, enabled=False):
+            return self.up(F.embedding(codes, self.vectors())).permute(0, 3, 1, 2).contiguous()
 
     @torch.no_grad()
     def init_from(self, z, seed):
@@ -121,3 +132,22 @@ class Quantizer(nn.Module):
             noise = torch.randn(K, flat.shape[1], generator=g).to(flat.device)
             rows = flat[torch.randint(len(flat), (K,), generator=g).to(flat.device)] + 0.01 * flat.std() * noise
         self.codebook.copy_(rows)
+
+    @torch.no_grad()
+    def reestimate(self, features, seed, steps=100):
+        """Make the codebook the k-means of features (N, d), N >= K, by at most `steps` of Lloyd's steps from the present codes ('+ K-means' of Table 5).
+
+        A code that is nearest to no feature moves to one drawn at random; `seed` decides which. Raises ValueError for features of another shape."""
+        K, d = self.codebook.shape
+        require(features.ndim == 2 and features.shape[1] == d and len(features) >= K, "features", tuple(features.shape), f"(N, {d}) with N at least {K}, the number of codes")
+        features, g, before = features.float(), generator("reestimate", seed), None
+        with torch.autocast(features.device.type, enabled=False):
+            for _ in range(steps):
+                codes = nearest(features, self.vectors())                                          # (N,)
+                if before is not None and torch.equal(codes, before): break                        # no code would move any more
+                members = codes == torch.arange(K, device=codes.device)[:, None]                   # (K, N)
+                counts = members.sum(1, keepdim=True)                                              # (K, 1)
+                means = members.float() @ features / counts.clamp_min(1)                           # (K, d); a product, as sums by index vary on a GPU
+                drawn = features[torch.randperm(len(features), generator=g)[:K].to(codes.device)]  # (K, d)
+                self.codebook.copy_(torch.where(counts > 0, means, drawn))
+                before = codes

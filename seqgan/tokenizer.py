@@ -7,7 +7,7 @@ __all__ = ['Tokenizer']
 
 # %% ../nbs/09_tokenizer.ipynb #3d92bf9e
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -15,13 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from .autoencoder import Decoder, Encoder
-from .config import Autoencoder, Quantizer as QuantizerConfig
+from .config import Autoencoder, Quantizer as QuantizerConfig, require
 from .features import Network
 from .quantizer import Quantizer
 
 # %% ../nbs/09_tokenizer.ipynb #ded6137a
 class Tokenizer(Network):
-    """Images (B, 3, H, W) in [-1, 1] <-> codes (B, H/f, W/f), int64 in [0, K). Section 3.1; architecture of Table 7, phase one."""
+    """Images (B, 3, H, W) in [-1, 1] <-> codes (B, H/f, W/f), int64 in [0, K). Section 3.1; architecture of Table 7."""
 
     def __init__(self, autoencoder: Autoencoder, quantizer: QuantizerConfig):
         super().__init__()
@@ -48,6 +48,18 @@ class Tokenizer(Network):
     def reconstruct(self, images):
         "decode(encode(images))."
         return self.decode(self.encode(images))
+
+    def enhance(self, attention):
+        """Section 3.4: a tokenizer with these weights whose decoder has `attention` B&D pairs a level, and whose encoder and codebook are frozen.
+
+        New attention starts as the identity, so it draws the same images until it is trained."""
+        c = replace(self.config["autoencoder"], attention=attention)
+        tokenizer = Tokenizer(c, self.config["quantizer"])
+        missing, unexpected = tokenizer.load_state_dict(self.state_dict(), strict=False)
+        strange = unexpected + [name for name in missing if "attention" not in name]
+        require(not strange, "weights", strange, "a tokenizer whose decoder differs by its attention only")
+        tokenizer.encoder.requires_grad_(False); tokenizer.quantizer.requires_grad_(False)
+        return tokenizer
 
     def save(self, path):
         "Write the weights and the configuration into one safetensors file."

@@ -19,11 +19,13 @@ def test_papermill(child, tmp_path, cwd, notebook):
     assert result.returncode == 0, result.stdout[-3000:]
     files = written(tmp_path / "home")
     records = [f for f in files if f.startswith("reports/results/")]
-    assert len(records) == 1 and {"reports/figure6.png", "reports/figure6.csv", "reports/figure10.png"} <= set(files)
-    record = json.loads((tmp_path / "home" / records[0]).read_text())
-    assert (record["preset"], record["alpha"], record["seed"], record["data"]) == ("smoke", 1.0, 0, "shapes")
-    assert {"rFID-local", "PSNR", "usage", "perplexity", "low", "sem", "class_accuracy"} <= set(record["metrics"]["tokenizer"])
-    assert not [k for m in record["metrics"].values() for k in m if k in ("FID", "rFID", "IS")]  # those names belong to Inception
+    assert {"reports/figure6.png", "reports/figure6.csv", "reports/figure10.png"} <= set(files)
+    records = [json.loads((tmp_path / "home" / record).read_text()) for record in records]
+    assert sorted(r["transformer"] for r in records) == ["ar", "nar"]
+    for record in records:
+        assert (record["preset"], record["alpha"], record["seed"], record["data"], record["phase"]) == ("smoke", 1.0, 0, "shapes", 1)
+        assert {"rFID-local", "PSNR", "usage", "perplexity", "low", "sem", "class_accuracy"} <= set(record["metrics"]["tokenizer"])
+        assert not [k for m in record["metrics"].values() for k in m if k in ("FID", "rFID", "IS")]  # those names belong to Inception
 
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "home" / "runs").rglob("*.safetensors")}
     assert child(*command, cwd=cwd).returncode == 0
