@@ -78,10 +78,12 @@ def sample(transformer, labels, config, seed=0, indices=None):
             codes[:, i] = previous = draw(transformer.step(previous, labels, i, cache), config, u[i])
     return codes
 
-def sample_many(transformer, labels, config, seed=0, batch=500, indices=None, sample=sample):
+def sample_many(transformer, labels, config, seed=0, batch=None, indices=None, sample=sample):
     """`sample`, or another function of the same arguments, in batches and with progress: codes int64 (M, N), on the CPU, for labels int64 (M,).
 
-    A process that draws only a share of the labels passes their `indices` among all."""
+    A process that draws only a share of the labels passes their `indices` among all. `batch` is 500, or, for a masked transformer on a CPU, 50:
+    it computes all positions at once, and twice as fast while they fit into the cache."""
+    batch = batch or (50 if not transformer.config.causal and transformer.head.weight.device.type == "cpu" else 500)
     indices = torch.arange(len(labels)) if indices is None else torch.as_tensor(indices)
     require(len(indices) == len(labels), "number of indices", len(indices), f"one for each of the {len(labels)} labels")
     parts = list(zip(labels.split(batch), indices.split(batch)))

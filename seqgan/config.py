@@ -206,6 +206,7 @@ class TransformerTraining:
     lr_end: float = paper(5e-6, "Table 10, exponential")
     decay: str = paper("exponential", "Table 10, AR; 'linear' for NAR")
     decay_start: int = paper(80_000, "Table 10, AR; 50k for NAR")
+    warmup: int = chosen(0, "steps over which the rate rises linearly; the paper mentions none, but short trainings at a high rate need it")
     betas: tuple = paper((0.9, 0.96), "Table 10, AdamW")
     weight_decay: float = paper(1e-2, "Table 10")
     flip: bool = chosen(True, "train on the codes of the images and of their mirror images")
@@ -310,7 +311,7 @@ PRESETS = {
         "second_phase.steps": 4000, "second_phase.batch": 64, "second_phase.lr": 2e-4, "second_phase.lr_end": 1e-5,
         "transformer.blocks": 8, "transformer.heads": 8, "transformer.dim": 512, "transformer.hidden": 2048,
         "transformer_training.steps": 10_000, "transformer_training.batch": 128, "transformer_training.lr": 4e-4,
-        "transformer_training.lr_end": 2e-5, "transformer_training.decay_start": 2000,
+        "transformer_training.lr_end": 2e-5, "transformer_training.decay_start": 2000, "transformer_training.warmup": 500,
         "evaluation.samples": 10_000, "evaluation.reference": 20_000},
     "tiny": _local | {
         "data.size": 32, "vgg.width": 0.1875, "vgg.pools": (1, 1, 0, 0, 1), "vgg.head": 2, "evaluator.channels": 16,
@@ -321,14 +322,14 @@ PRESETS = {
         "second_phase.steps": 400, "second_phase.batch": 32, "second_phase.lr": 1e-3, "second_phase.lr_end": 2e-5,
         "transformer.blocks": 3, "transformer.heads": 4, "transformer.dim": 128, "transformer.hidden": 512, "transformer.dropout": 0.0,
         "transformer_training.steps": 400, "transformer_training.batch": 64, "transformer_training.lr": 2e-3,
-        "transformer_training.lr_end": 1e-4, "transformer_training.decay_start": 100, "transformer_training.flip": False,
-        "evaluation.samples": 4000, "evaluation.reference": 16_000},
+        "transformer_training.lr_end": 1e-4, "transformer_training.decay_start": 100, "transformer_training.warmup": 50, "transformer_training.flip": False,
+        "evaluation.samples": 2000, "evaluation.reference": 16_000},
 }
 PRESETS["smoke"] = PRESETS["tiny"] | {  # tiny with less of everything: seconds, for tests
     "data.size": 16, "data.train": 256, "data.val": 64, "vgg.width": 0.125, "evaluator.channels": 8, "evaluator.blocks": 1, "classifier.steps": 20, "classifier.batch": 32,
     "autoencoder.channels": 16, "autoencoder.code_dim": 16, "quantizer.codes": 32, "quantizer.kmeans_last": 4, "quantizer.kmeans_buffer": 512, "adversarial.most": 16, "adversarial.train_start": 2, "adversarial.start": 4, "adversarial.ramp": 4, "perceptual.warmup": 4,
     "tokenizer_training.steps": 12, "tokenizer_training.batch": 16, "second_phase.steps": 6, "second_phase.batch": 16, "transformer.blocks": 2, "transformer.heads": 2, "transformer.dim": 32, "transformer.hidden": 64,
-    "transformer_training.steps": 12, "transformer_training.batch": 16, "transformer_training.decay_start": 2,
+    "transformer_training.steps": 12, "transformer_training.batch": 16, "transformer_training.decay_start": 2, "transformer_training.warmup": 2,
     "evaluation.samples": 64, "evaluation.reference": 128}
 
 def preset(name, changes=None):

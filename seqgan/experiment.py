@@ -121,6 +121,7 @@ def plan(config):
         if getattr(c, kind).weights == "local": runs[kind] = {"data": c.data, kind: getattr(c, kind), "classifier": c.classifier}, "recipes"
     if c.perceptual.warmup: runs["warmup"] = tokenizer | dict(perceptual=replace(c.perceptual, alpha=0.0, layers=())), "recipes"
     runs["tokenizer"] = tokenizer, "experiment"
+    runs["image_codes"] = tokenizer | dict(flip=c.transformer_training.flip), "experiment"
     if second: runs["decoder"] = tokenizer | second, "experiment"
     runs[transformer_kind(c)] = transformer, "experiment"
     runs["codes"] = codes, "experiment"
@@ -211,14 +212,23 @@ class Study:
         return Tokenizer.load((self.tokenizer_run if self.config.phase == 1 else self.decoder_run) / "model.safetensors").to(device())
 
     @cached_property
-    def transformer_run(self):
-        "The transformer on the codes of phase one, which phase two leaves as they are."
-        first, c = self.tokenizer_run, self.config
+    def image_codes_run(self):
+        "The codes of the images, which all transformers on this tokenizer are trained on. Phase two leaves them as they are."
+        first, flip = self.tokenizer_run, self.config.transformer_training.flip
         def compute(folder):
             tokenizer = Tokenizer.load(first / "model.safetensors").to(device())
-            codes, val_codes = extract_codes(tokenizer, self.train.images, c.transformer_training.flip), extract_codes(tokenizer, self.val.images)
-            labels = self.train.labels.repeat(len(codes) // len(self.train))
-            return train_transformer(c, codes, labels, val_codes, self.val.labels, len(self.classes), folder)
+            save_file({"train": extract_codes(tokenizer, self.train.images, flip), "val": extract_codes(tokenizer, self.val.images)}, folder / "codes.safetensors")
+            return {"flip": flip}
+        return self._run("image_codes", compute)
+
+    @cached_property
+    def transformer_run(self):
+        "The transformer on the codes of phase one."
+        source, c = self.image_codes_run, self.config
+        def compute(folder):
+            codes = load_file(source / "codes.safetensors")
+            labels = self.train.labels.repeat(len(codes["train"]) // len(self.train))
+            return train_transformer(c, codes["train"], labels, codes["val"], self.val.labels, len(self.classes), folder)
         return self._run(transformer_kind(c), compute)
 
     @cached_property
@@ -258,7 +268,7 @@ class Study:
     def decode(self, codes):
         "Images uint8 (N, 3, H, W) of code sequences (N, n)."
         decode = lambda c: to_uint8(self.tokenizer.decode(c.to(device()).long())).cpu()
-        return torch.cat([decode(c) for c in codes.view(len(codes), self.config.grid, -1).split(256)])
+        return torch.cat([decode(c) for c in codes.view(len(codes), self.config.grid, -1).split(64)])
 
     def samples(self, n):
         "The first n generated images, uint8 (n, 3, H, W)."

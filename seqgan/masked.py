@@ -36,12 +36,13 @@ def random_mask(u):
 
 # %% ../nbs/12_masked.ipynb #69a11119
 def masked_code_loss(logits, codes, mask):
-    """dict(loss, accuracy): mean cross-entropy in nats a code and top-1 accuracy over the hidden codes, those where mask, bool (B, N), is True, in float32.
+    """dict(loss, accuracy): mean cross-entropy in nats a code and top-1 accuracy over the M hidden codes, those where mask, bool (B, N), is True, in float32.
 
-    `logits` (B, N, K) are predicted from codes.masked_fill(mask, transformer.mask); `codes` int64 (B, N) are the true ones. Raises ValueError if none is hidden."""
+    `logits` (M, K) are transformer(codes.masked_fill(mask, transformer.mask), labels, mask); `codes` int64 (B, N) are the true ones. Raises ValueError if none is hidden."""
     require(mask.dtype == torch.bool and mask.shape == codes.shape, "mask", (mask.dtype, tuple(mask.shape)), f"bool, of the codes' shape {tuple(codes.shape)}")
     require(mask.any(), "mask", False, "True at one code or more, or the mean is of nothing")
-    return next_code_loss(logits[mask][None], codes[mask][None])
+    require(len(logits) == mask.sum(), "number of logits", len(logits), f"one for each of the {int(mask.sum())} hidden codes")
+    return next_code_loss(logits[None], codes[mask][None])
 
 # %% ../nbs/12_masked.ipynb #64bba26b
 @torch.no_grad()
@@ -54,14 +55,14 @@ def reveal(transformer, labels, config, seed=0, indices=None):
     u = uniforms("masked", config.steps * 2 * n, batch, seed, indices).view(batch, config.steps, 2, n).to(device)
     codes, labels = torch.full((batch, n), hidden_code, device=device), labels.to(device)
     for t, count in enumerate(counts, 1):
-        with evaluating(transformer), torch.autocast(device.type, enabled=False): logits = transformer(codes, labels)   # (B, N, K)
-        drawn = draw(logits.flatten(0, 1), drawing, u[:, t - 1, 0].flatten()).view(batch, n)     # (B, N)
-        gumbel = -(-u[:, t - 1, 1].clamp_min(2 ** -25).log()).log()                              # (B, N); torch.rand can give 0, which has no logarithm
-        confidence = logits.gather(-1, drawn[..., None])[..., 0] - logits.logsumexp(-1) + config.noise * (1 - t / config.steps) * gumbel
-        hidden = codes == hidden_code
-        surest = confidence.masked_fill(~hidden, math.inf).argsort(descending=True, stable=True)[:, :n - count]   # (B, N - count) positions
-        known = torch.where(hidden, drawn, codes)
-        codes = torch.full_like(codes, hidden_code).scatter(1, surest, known.gather(1, surest))
+        hidden = codes == hidden_code                                                            # (B, N), M of them True
+        with evaluating(transformer), torch.autocast(device.type, enabled=False): logits = transformer(codes, labels, hidden)   # (M, K)
+        drawn = draw(logits, drawing, u[:, t - 1, 0][hidden])                                    # (M,)
+        gumbel = -(-u[:, t - 1, 1][hidden].clamp_min(2 ** -25).log()).log()                      # (M,); torch.rand can give 0, which has no logarithm
+        sure = logits.gather(-1, drawn[:, None])[:, 0] - logits.logsumexp(-1) + config.noise * (1 - t / config.steps) * gumbel   # (M,)
+        confidence = torch.full_like(codes, math.inf, dtype=sure.dtype).masked_scatter(hidden, sure)                             # (B, N)
+        least = confidence.argsort(stable=True)[:, :count]                                       # (B, count) positions to hide again
+        codes = codes.masked_scatter(hidden, drawn).scatter(1, least, hidden_code)               # (B, N)
         yield codes
 
 def sample_masked(transformer, labels, config, seed=0, indices=None):

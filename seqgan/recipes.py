@@ -32,8 +32,10 @@ def _shift(images, most):
     padded = F.pad(images, (most,) * 4, mode="replicate")
     return padded[..., most + dy:most + dy + images.shape[2], most + dx:most + dx + images.shape[3]]
 
-def batched(function, images, batch=256):
-    "`function` over uint8 images (N, 3, H, W), a batch at a time on the device, the results concatenated on the CPU. No gradient."
+def batched(function, images, batch=64):
+    """`function` over uint8 images (N, 3, H, W), a batch at a time on the device, the results concatenated on the CPU. No gradient.
+
+    Small batches are two to three times faster on a CPU: what a layer writes is still in the cache when the next one reads it."""
     with torch.no_grad():
         parts = [function(to_float(images[i:i + batch]).to(device())) for i in progress(range(0, len(images), batch), desc="batches")]
     return torch.cat([p.cpu() for p in parts])
@@ -116,6 +118,7 @@ def train_tokenizer(config, train, vgg, folder, until=None, start=None):
     torch.manual_seed(seed_of("tokenizer", seed))
     tokenizer = Tokenizer(config.autoencoder, Q).to(device())
     discriminator = Discriminator(config.adversarial, config.data.size).to(device())
+    vgg = vgg.folded()
     perceptual, details = (PerceptualLoss(vgg, c) for c in (config.perceptual, replace(config.perceptual, alpha=0.0, layers=())))
     batches = Batches(train.images, train.labels, T.batch, seed)
 
@@ -141,21 +144,21 @@ def train_decoder(config, first, train, vgg, folder):
     tokenizer = Tokenizer.load(first / "model.safetensors").enhance(P.attention).to(device())
     discriminator = Discriminator(config.adversarial, config.data.size).to(device())
     discriminator.load_state_dict(load_file(first / "discriminator.safetensors"))
-    details = PerceptualLoss(vgg, replace(config.perceptual, alpha=P.alpha, layers=()))
+    details = PerceptualLoss(vgg.folded(), replace(config.perceptual, alpha=P.alpha, layers=()))
     return _fit(tokenizer, discriminator, P, replace(config.adversarial, train_start=0, start=0, ramp=0), config.perceptual.weight, lambda t: details, config, train, folder)
 
 # %% ../nbs/15_recipes.ipynb #cfaa3a2d
 def evaluate_tokenizer(tokenizer, perceptual, evaluator, val):
     "Diagnostics of a tokenizer on a validation set: l1, low, sem, the layers of the perceptual loss, class accuracy, usage, perplexity (hard, over the whole set)."
     counts, sums, correct = 0, {}, 0
-    for i in progress(range(0, len(val), 128), desc="validation"):
-        images = to_float(val.images[i:i + 128]).to(device())
+    for i in progress(range(0, len(val), 64), desc="validation"):
+        images = to_float(val.images[i:i + 64]).to(device())
         codes = tokenizer.encode(images)
         fake = tokenizer.decode(codes)
         counts = counts + count_codes(codes, len(tokenizer.quantizer.codebook))
         with torch.no_grad(): terms = perceptual(fake, images) | {"l1": (fake - images).abs().mean()}
         for name, value in terms.items(): sums[name] = sums.get(name, 0) + float(value) * len(images)
-        if evaluator is not None: correct += int((logits_of(evaluator, fake).argmax(1).cpu() == val.labels[i:i + 128]).sum())
+        if evaluator is not None: correct += int((logits_of(evaluator, fake).argmax(1).cpu() == val.labels[i:i + 64]).sum())
     means = {name: value / len(val) for name, value in sums.items()}
     return means | {"usage": float(usage(counts)), "perplexity": float(perplexity(counts))} | ({} if evaluator is None else {"class_accuracy": correct / len(val)})
 
@@ -177,14 +180,14 @@ def train_transformer(config, codes, labels, val_codes, val_labels, classes, fol
     decay = {"exponential": exponential, "linear": linear}[T.decay]
     optimizer = torch.optim.AdamW(parameter_groups(transformer, T.weight_decay), T.lr, T.betas)
     loop = Loop(folder, T.steps, seed, {"transformer": transformer}, {"transformer": optimizer},
-                {"transformer": lambda t: decay(t, T.steps, T.lr, T.lr_end, T.decay_start)})
+                {"transformer": lambda t: min((t + 1) / max(T.warmup, 1), 1) * decay(t, T.steps, T.lr, T.lr_end, T.decay_start)})
     model, causal = loop.models["transformer"], config.transformer.causal
 
     def losses(codes, labels, *name):
         "Of a batch; `name` seeds the masks."
         codes, labels = codes.long().to(device()), labels.to(device())
         mask = None if causal else random_mask(torch.rand(len(codes), 1 + codes.shape[1], generator=generator("masks", *name))).to(device())
-        with loop.autocast(): logits = model(codes if causal else codes.masked_fill(mask, transformer.mask), labels)
+        with loop.autocast(): logits = model(codes if causal else codes.masked_fill(mask, transformer.mask), labels, mask)
         return next_code_loss(logits, codes) if causal else masked_code_loss(logits, codes, mask)
 
     def step(t):
@@ -196,7 +199,7 @@ def train_transformer(config, codes, labels, val_codes, val_labels, classes, fol
     @torch.no_grad()
     def validate():
         model.eval()
-        terms = [(len(c), losses(c, l, "validation", i)) for i, (c, l) in enumerate(zip(val_codes.split(256), val_labels.split(256)))]
+        terms = [(len(c), losses(c, l, "validation", i)) for i, (c, l) in enumerate(zip(val_codes.split(64), val_labels.split(64)))]
         model.train()
         return {f"val_{name}": sum(n * float(t[name]) for n, t in terms) / len(val_codes) for name in terms[0][1]}
 

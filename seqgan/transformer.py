@@ -93,8 +93,8 @@ class Transformer(nn.Module):
         check_indices("labels", labels, (batch,), self.classes, "one class a sequence, as this transformer is conditional")
         return self.start_embedding(labels)
 
-    def forward(self, codes, labels=None):
-        """Logits (B, N, K) from codes int64 (B, N) and, if conditional, labels int64 (B,).
+    def forward(self, codes, labels=None, where=None):
+        """Logits (B, N, K) from codes int64 (B, N) and, if conditional, labels int64 (B,); with `where`, bool (B, N), only those M where it is True: (M, K).
 
         Causal: position i sees the class and codes[:, :i], never code i itself; codes are the ground truth, 0..K-1. Masked: every position sees
         the class and all codes, 0..K, where K is the mask token. Raises ValueError for other shapes, types or values."""
@@ -104,7 +104,8 @@ class Transformer(nn.Module):
         else: x = torch.cat([start, self.code_embedding(codes) + positions], 1)                  # (B, 1 + N, dim)
         x = self.dropout(x)
         for block in self.blocks: x = block(x)
-        return self.head(self.norm(x[:, -self.positions:]))                                      # (B, N, K)
+        x = x[:, -self.positions:]                                                               # (B, N, dim)
+        return self.head(self.norm(x if where is None else x[where]))                            # (B, N, K), or (M, K)
 
     def init_cache(self, batch):
         "Room for the keys and values of all positions, not yet filled: (blocks, 2, B, heads, N, dim / heads). Raises ValueError if not causal."
