@@ -204,7 +204,7 @@ def train_transformer(config, codes, labels, val_codes, val_labels, classes, fol
         return {f"val_{name}": sum(n * float(t[name]) for n, t in terms) / len(val_codes) for name in terms[0][1]}
 
     model.train()
-    loop.run(step, validate, ticks=10, desc=folder.name)
+    loop.run(step, validate, ticks=5, desc=folder.name)
     transformer.requires_grad_(False).eval()
     save_file(transformer.state_dict(), folder / "model.safetensors")
     return {name: value for name, value in read_log(folder)[-1].items() if name.startswith("val_")} | {"skipped": loop.skipped}
