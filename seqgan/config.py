@@ -315,7 +315,7 @@ PRESETS = {
         "evaluation.samples": 10_000, "evaluation.reference": 20_000},
     "tiny": _local | {
         "data.size": 32, "vgg.width": 0.1875, "vgg.pools": (1, 1, 0, 0, 1), "vgg.head": 2, "evaluator.channels": 16,
-        "classifier.steps": 700, "classifier.batch": 64, "autoencoder.channels": 16, "autoencoder.multipliers": (1, 2, 4), "autoencoder.blocks": 1,
+        "classifier.steps": 850, "classifier.batch": 64, "autoencoder.channels": 16, "autoencoder.multipliers": (1, 2, 4), "autoencoder.blocks": 1,
         "autoencoder.code_dim": 16, "autoencoder.attention_heads": 1, "quantizer.kmeans_last": 600, "perceptual.weight": 2.0, "perceptual.warmup": 700, "adversarial.lr": 1e-3,
         "adversarial.channels": 8, "adversarial.most": 64, "adversarial.train_start": 300, "adversarial.start": 400, "adversarial.ramp": 200,
         "tokenizer_training.steps": 1050, "tokenizer_training.batch": 32, "tokenizer_training.lr": 2e-3, "tokenizer_training.lr_end": 2e-5,
