@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'BEST_RFID_ALPHA', 'FIELDS', 'transformers', 'decoders', 'codebooks', 'layers', 'phases', 'alphas', 'Table',
-           'records', 'frame', 'cells', 'over_alpha', 'panels', 'summary', 'write_table', 'figure6', 'figure10',
-           'table_figure', 'reading', 'write_figure6']
+           'records', 'frame', 'cells', 'over_alpha', 'panels', 'summary', 'agreement', 'figure6', 'figure10',
+           'table_figure', 'reading', 'write_table', 'keep', 'figure5', 'figure9']
 
 # %% ../nbs/18_report.ipynb #e4637db7
 import json
@@ -16,10 +16,12 @@ from typing import Callable
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from .config import PRESETS, home, preset, require
-from .experiment import variant_key
+from .config import PRESETS, device, home, preset, require
+from .data import to_float
+from .experiment import dataset_name, variant_key
+from .inspection import inspect
 from .perceptual import LOW
-from .plot import DPI, save_figure
+from .plot import DPI, save_figure, show_rows
 
 # %% ../nbs/18_report.ipynb #6ccb0548
 def transformers(c):
@@ -157,6 +159,12 @@ def summary(lines, table):
         rows[row] = out
     return pd.DataFrame.from_dict(rows, orient="index")
 
+def agreement(summary):
+    "Spearman's rank correlation of the rows' means with the paper's numbers, {metric: from -1 (reversed) to 1 (the paper's order)}, where the paper has three rows or more."
+    pairs = {name: summary[[f"paper {name}", ours]].dropna().rank() for name in ("usage", "rFID", "AR FID", "AR-L FID", "AR-L 2x FID", "NAR FID")
+             for ours in (name, f"{name}-local") if f"paper {name}" in summary and ours in summary}
+    return {name: ranks.corr().iloc[0, 1] for name, ranks in pairs.items() if len(ranks) >= 3 and ranks.nunique().min() > 1}
+
 def _markdown(name, summary):
     "A summary as a Markdown table: mean ± spread."
     names = [c for c in summary if not c.endswith((" sd", " seeds"))]
@@ -168,21 +176,8 @@ def _markdown(name, summary):
     for label, row in summary.iterrows():
         seeds = sorted({int(row[c]) for c in summary if c.endswith(" seeds") and not pd.isna(row[c])})
         lines.append([label, *(cell(row, c) for c in names), " to ".join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1])))])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-def write_table(name):
-    "Write reports/NAME.csv and NAME.md from all records and return the Markdown. Raises ValueError for a table that does not exist."
-    require(name in TABLES, "table", name, f"one of {', '.join(TABLES)}")
-    table, folder = TABLES[name], home() / "reports"
-    found = {key: summary(lines, table) for key, lines in panels(cells(records(), table)).items()}
-    text = [f"**{table.title}.** The paper's numbers: ImageNet at 256x256, FID with Inception. A metric that ends in `-local` compares only within its table."]
-    for (data, kind, protocol), part in found.items(): text += [f"{data}, preset {kind}, protocol {protocol}", _markdown(name, part)]
-    parts = [part.rename_axis("row").reset_index().assign(data=data, preset=kind, protocol=protocol) for (data, kind, protocol), part in found.items()]
-    folder.mkdir(parents=True, exist_ok=True)
-    (pd.concat(parts) if parts else pd.DataFrame(columns=["row"])).to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
-    (folder / f"{name}.md").write_text("\n\n".join(text) + "\n")
-    if name != "figure6": save_figure(table_figure(records(), name), folder / f"{name}.png")
-    return "\n\n".join(text)
+    ranks = ", ".join(f"{metric} {value:.2f}" for metric, value in agreement(summary).items())
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (f"\n\nRank correlation with the paper's rows (1: the paper's order, -1: reversed): {ranks}." if ranks else "")
 
 # %% ../nbs/18_report.ipynb #2b3963f3
 _COLOURS = {"rFID": "tab:blue", "AR": "tab:red", "AR-L": "tab:purple", "AR-L 2x": "tab:pink", "NAR": "tab:orange"}
@@ -256,11 +251,11 @@ def table_figure(records, name):
         if "rFID" in means: _bars(top, means[["rFID"]], f"r{fid}")
         else: top.axis("off")
         _bars(bottom, means[[c for c in table.columns if c in means]], fid)
-    axes[1, 0].legend(fontsize=8, frameon=False)
+    fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncol=len(table.columns), fontsize=8, frameon=False)
     plt.close(fig)
     return fig
 
-# %% ../nbs/18_report.ipynb #94a1a09f
+# %% ../nbs/18_report.ipynb #97bd3c73
 def _regime(ratio):
     "What limits generation, from the ratio of reconstruction to generation FID at each alpha: about 0.2 in the paper."
     p = TABLES["figure6"].paper
@@ -289,10 +284,42 @@ def reading(records):
         lines.append(f"- {data}, preset {kind}, {ar.seed.nunique()} seed(s): " + ", ".join(told) + f". {_regime(mean[rfid] / mean[rfid[1:]])} {_semantics(mean['L_sem'])}")
     return "From α = 0 to α = 1:\n\n" + "\n".join(lines)
 
-def write_figure6():
-    "Redraw Figures 6(b) and 10 and their table from all records: reports/figure6.png, figure6.csv, figure10.png. Returns the two figures and the table."
-    found, folder = records(), home() / "reports"
-    table, six, ten = over_alpha(found).drop(columns=["row", "column", "key"]), figure6(found), figure10(found)
-    save_figure(six, folder / "figure6.png"); save_figure(ten, folder / "figure10.png")
-    table.to_csv(folder / "figure6.csv", index=False, float_format="%.6g")
-    return six, ten, table
+# %% ../nbs/18_report.ipynb #5e68ceb1
+def write_table(name):
+    """Write reports/NAME.csv, NAME.md and NAME.png from all records (with figure6 also figure10.png) and return the Markdown.
+
+    Raises ValueError for a table that does not exist."""
+    require(name in TABLES, "table", name, f"one of {', '.join(TABLES)}")
+    table, folder, all_ = TABLES[name], home() / "reports", records()
+    found = panels(over_alpha(all_) if name == "figure6" else cells(all_, table))
+    text = [f"**{table.title}.** The paper's numbers: ImageNet at 256x256, FID with Inception. A metric that ends in `-local` compares only within its table."]
+    parts = []
+    for (data, kind, protocol), lines in found.items():
+        part, sources = summary(lines, table), {key: " and ".join(lines[key].unique()) for key in ("hardware", "precision", "revision")}
+        text += [f"{data}, preset {kind}, protocol {protocol}, {sources['hardware']}, {sources['precision']}, revision {sources['revision']}", _markdown(name, part)]
+        parts.append(part.rename_axis("row").reset_index().assign(data=data, preset=kind, protocol=protocol, **sources))
+    folder.mkdir(parents=True, exist_ok=True)
+    (pd.concat(parts) if parts else pd.DataFrame(columns=["row"])).to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+    (folder / f"{name}.md").write_text("\n\n".join(text) + "\n")
+    save_figure(figure6(all_) if name == "figure6" else table_figure(all_, name), folder / f"{name}.png")
+    if name == "figure6": save_figure(figure10(all_), folder / "figure10.png")
+    return "\n\n".join(text)
+
+def keep(figure, config, name):
+    "Write a figure of an experiment to reports/figures/DATASET/PRESET/NAME.png; returns it, to be shown."
+    save_figure(figure, home() / "reports" / "figures" / dataset_name(config.data) / config.preset / f"{name}.png")
+    return figure
+
+def figure5(studies):
+    "Figure 5: validation images, and for each row of {name: {'AR': Study}} their reconstructions and the transformer's most likely codes given the true ones, decoded."
+    first = next(iter(studies.values()))["AR"]
+    images, labels = to_float(first.val.images[:10]).to(device()), first.val.labels[:10].to(device())
+    shown = {"input": images}
+    for name, row in studies.items():
+        seen = inspect(row["AR"].tokenizer, row["AR"].transformer, images, labels)
+        shown |= {f"{name}: reconstruction": seen["reconstruction"], f"{name}: prediction": seen["prediction"]}
+    return show_rows(shown)
+
+def figure9(studies):
+    "Figure 9: the first drawn codes of each transformer, decoded as each row of {name: {transformer: Study}} does."
+    return show_rows({f"{t}: {name}": to_float(row[t].samples(10)) for t in next(iter(studies.values())) for name, row in studies.items()})

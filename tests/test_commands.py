@@ -19,7 +19,7 @@ def test_papermill(child, tmp_path, cwd, notebook):
     assert result.returncode == 0, result.stdout[-3000:]
     files = written(tmp_path / "home")
     records = [f for f in files if f.startswith("reports/results/")]
-    assert {"reports/figure6.png", "reports/figure6.csv", "reports/figure10.png"} <= set(files)
+    assert {"reports/figure6.png", "reports/figure6.csv", "reports/figure6.md", "reports/figure10.png"} <= set(files)
     records = [json.loads((tmp_path / "home" / record).read_text()) for record in records]
     assert sorted(r["transformer"] for r in records) == ["ar", "nar"]
     for record in records:
