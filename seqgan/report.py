@@ -286,18 +286,18 @@ def reading(records):
 
 # %% ../nbs/18_report.ipynb #5e68ceb1
 def write_table(name):
-    """Write reports/NAME.csv, NAME.md and NAME.png from all records (with figure6 also figure10.png) and return the Markdown.
+    """Write reports/NAME.csv, NAME.md and NAME.png from all records and return the Markdown. The CSV has a line for each row of the table.
 
-    Raises ValueError for a table that does not exist."""
+    Figure 6 is a plot: its CSV has a line for each record, and figure10.png is drawn with it. Raises ValueError for a table that does not exist."""
     require(name in TABLES, "table", name, f"one of {', '.join(TABLES)}")
     table, folder, all_ = TABLES[name], home() / "reports", records()
-    found = panels(over_alpha(all_) if name == "figure6" else cells(all_, table))
+    lines = over_alpha(all_) if name == "figure6" else cells(all_, table)
     text = [f"**{table.title}.** The paper's numbers: ImageNet at 256x256, FID with Inception. A metric that ends in `-local` compares only within its table."]
-    parts = []
-    for (data, kind, protocol), lines in found.items():
-        part, sources = summary(lines, table), {key: " and ".join(lines[key].unique()) for key in ("hardware", "precision", "revision")}
+    parts = [lines.drop(columns=["row", "column", "key"], errors="ignore")] if name == "figure6" else []
+    for (data, kind, protocol), group in panels(lines).items():
+        part, sources = summary(group, table), {key: " and ".join(group[key].unique()) for key in ("hardware", "precision", "revision")}
         text += [f"{data}, preset {kind}, protocol {protocol}, {sources['hardware']}, {sources['precision']}, revision {sources['revision']}", _markdown(name, part)]
-        parts.append(part.rename_axis("row").reset_index().assign(data=data, preset=kind, protocol=protocol, **sources))
+        if name != "figure6": parts.append(part.rename_axis("row").reset_index().assign(data=data, preset=kind, protocol=protocol, **sources))
     folder.mkdir(parents=True, exist_ok=True)
     (pd.concat(parts) if parts else pd.DataFrame(columns=["row"])).to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
     (folder / f"{name}.md").write_text("\n\n".join(text) + "\n")
