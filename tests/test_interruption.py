@@ -51,4 +51,4 @@ def test_two_at_once(python, expected):
     outputs = [p.communicate(timeout=600)[0] for p in processes]
     assert [p.returncode for p in processes] == [0, 0], outputs
     assert [digests(o) for o in outputs] == [expected, expected]
-    assert sum(o.count(": started") for o in outputs) == 5  # the two feature networks, the warm-up, the tokenizer, the transformer: each computed once
+    assert sum(o.count(": started") for o in outputs) == 6  # the two feature networks, the warm-up, the tokenizer, its codes, the transformer: each computed once
