@@ -316,12 +316,12 @@ PRESETS = {
     "tiny": _local | {
         "data.size": 32, "vgg.width": 0.1875, "vgg.pools": (1, 1, 0, 0, 1), "vgg.head": 2, "evaluator.channels": 16,
         "classifier.steps": 850, "classifier.batch": 64, "autoencoder.channels": 16, "autoencoder.multipliers": (1, 2, 4), "autoencoder.blocks": 1,
-        "autoencoder.code_dim": 16, "autoencoder.attention_heads": 1, "quantizer.kmeans_last": 600, "perceptual.weight": 2.0, "perceptual.warmup": 700, "adversarial.lr": 1e-3,
-        "adversarial.channels": 8, "adversarial.most": 64, "adversarial.train_start": 300, "adversarial.start": 400, "adversarial.ramp": 200,
-        "tokenizer_training.steps": 1050, "tokenizer_training.batch": 32, "tokenizer_training.lr": 2e-3, "tokenizer_training.lr_end": 2e-5,
-        "second_phase.steps": 400, "second_phase.batch": 32, "second_phase.lr": 1e-3, "second_phase.lr_end": 2e-5,
+        "autoencoder.code_dim": 16, "autoencoder.attention_heads": 1, "quantizer.kmeans_last": 600, "perceptual.weight": 2.0, "perceptual.warmup": 870, "adversarial.lr": 1e-3,
+        "adversarial.channels": 8, "adversarial.most": 64, "adversarial.train_start": 100, "adversarial.start": 200, "adversarial.ramp": 200,
+        "tokenizer_training.steps": 1300, "tokenizer_training.batch": 32, "tokenizer_training.lr": 2e-3, "tokenizer_training.lr_end": 2e-5,
+        "second_phase.steps": 400, "second_phase.batch": 32, "second_phase.lr": 4e-5, "second_phase.lr_end": 2e-5,
         "transformer.blocks": 3, "transformer.heads": 4, "transformer.dim": 128, "transformer.hidden": 512, "transformer.dropout": 0.0,
-        "transformer_training.steps": 400, "transformer_training.batch": 48, "transformer_training.lr": 2e-3,
+        "transformer_training.steps": 250, "transformer_training.batch": 48, "transformer_training.lr": 2e-3,
         "transformer_training.lr_end": 1e-4, "transformer_training.decay_start": 100, "transformer_training.warmup": 50, "transformer_training.flip": False,
         "evaluation.samples": 2000, "evaluation.reference": 16_000},
 }
