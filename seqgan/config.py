@@ -149,6 +149,7 @@ class Adversarial:
     channels: int = chosen(64, "channels at full resolution, doubled at each halving up to `most`")
     most: int = chosen(512, "most channels, as StyleGAN2")
     lr: float = chosen(1e-4, "learning rate of the discriminator, constant: it must keep up while the tokenizer's falls")
+    betas: tuple = chosen((0.0, 0.99), "of the discriminator's Adam, as StyleGAN2: momentum would carry a lazy R1 penalty over the steps that have none")
     train_start: int = chosen(0, "step at which the discriminator starts to train")
     start: int = chosen(20_000, "step at which the generator starts to listen")
     ramp: int = chosen(10_000, "steps over which its weight rises linearly")
@@ -167,6 +168,9 @@ class TokenizerTraining:
     lr: float = paper(1e-4, "Table 9")
     lr_end: float = paper(5e-5, "Table 9, cosine")
     betas: tuple = paper((0.9, 0.99), "Table 9, Adam")
+    average: float = chosen(0.0, "of both phases: keep a moving average of the weights, its window this fraction of the steps so far; 0 keeps the last ones, and the paper mentions no other")
+
+    def __post_init__(self): require(0 <= self.average < 1, "tokenizer_training.average", self.average, "in [0, 1)")
 
 # %% ../nbs/00_config.ipynb #d7b25da3
 @dataclass(frozen=True)
@@ -282,19 +286,19 @@ class Experiment:
 
 # %% ../nbs/00_config.ipynb #25c5530a
 def update(config, changes):
-    """A copy of `config` with `changes`, a dict from dotted names to values: `{"perceptual.alpha": 0.4}`.
+    """A copy of `config` with `changes`, a dict from dotted names to values: `{"perceptual.alpha": 0.4}`; all at once, so their order does not matter.
 
     Raises ValueError for a name that does not exist, with the names that do."""
+    new, groups = {}, {}
     for name, value in changes.items():
         head, _, rest = name.partition(".")
         names = [f.name for f in fields(config)]
         require(head in names, "setting", name, f"{type(config).__name__} has {', '.join(names)}")
         old = getattr(config, head)
         require(is_dataclass(old) == bool(rest), "setting", name, f"{head!r} is {'a group of settings' if is_dataclass(old) else 'a single setting'}")
-        if rest: value = update(old, {rest: value})
-        elif isinstance(old, tuple): value = tuple(value)
-        config = replace(config, **{head: value})
-    return config
+        if rest: groups.setdefault(head, {})[rest] = value
+        else: new[head] = tuple(value) if isinstance(old, tuple) else value
+    return replace(config, **new, **{head: update(getattr(config, head), part) for head, part in groups.items()})
 
 # %% ../nbs/00_config.ipynb #99df8ee6
 _local = {  # what all presets share that run without downloads
@@ -308,7 +312,7 @@ PRESETS = {
         "classifier.steps": 8000, "autoencoder.channels": 64, "autoencoder.multipliers": (1, 2, 2, 4), "autoencoder.code_dim": 32, "autoencoder.attention_heads": 2, "quantizer.kmeans_last": 4000,
         "perceptual.weight": 2.0, "perceptual.warmup": 8000, "adversarial.lr": 4e-4, "adversarial.train_start": 3000, "adversarial.start": 4000, "adversarial.ramp": 1000,
         "tokenizer_training.steps": 12_000, "tokenizer_training.lr": 4e-4, "tokenizer_training.lr_end": 1e-5,
-        "second_phase.steps": 4000, "second_phase.batch": 64, "second_phase.lr": 2e-4, "second_phase.lr_end": 1e-5,
+        "second_phase.steps": 4000, "second_phase.batch": 64, "second_phase.lr": 2e-5, "second_phase.lr_end": 1e-5,
         "transformer.blocks": 8, "transformer.heads": 8, "transformer.dim": 512, "transformer.hidden": 2048,
         "transformer_training.steps": 10_000, "transformer_training.batch": 128, "transformer_training.lr": 4e-4,
         "transformer_training.lr_end": 2e-5, "transformer_training.decay_start": 2000, "transformer_training.warmup": 500,
@@ -318,7 +322,7 @@ PRESETS = {
         "classifier.steps": 850, "classifier.batch": 64, "autoencoder.channels": 16, "autoencoder.multipliers": (1, 2, 4), "autoencoder.blocks": 1,
         "autoencoder.code_dim": 16, "autoencoder.attention_heads": 1, "quantizer.kmeans_last": 600, "perceptual.weight": 2.0, "perceptual.warmup": 870, "adversarial.lr": 1e-3,
         "adversarial.channels": 8, "adversarial.most": 64, "adversarial.train_start": 100, "adversarial.start": 200, "adversarial.ramp": 200,
-        "tokenizer_training.steps": 1300, "tokenizer_training.batch": 32, "tokenizer_training.lr": 2e-3, "tokenizer_training.lr_end": 2e-5,
+        "tokenizer_training.steps": 1300, "tokenizer_training.batch": 32, "tokenizer_training.lr": 2e-3, "tokenizer_training.lr_end": 2e-5, "tokenizer_training.average": 0.25,
         "second_phase.steps": 400, "second_phase.batch": 32, "second_phase.lr": 4e-5, "second_phase.lr_end": 2e-5,
         "transformer.blocks": 3, "transformer.heads": 4, "transformer.dim": 128, "transformer.hidden": 512, "transformer.dropout": 0.0,
         "transformer_training.steps": 250, "transformer_training.batch": 48, "transformer_training.lr": 2e-3,

@@ -72,9 +72,9 @@ def _fit(tokenizer, discriminator, T, A, weight, loss_at, config, train, folder,
     `before(t)` is called before step t. Writes the weights of both, returns the number of skipped steps and the last adversarial weight."""
     batches = Batches(train.images, train.labels, T.batch, config.seed)
     optimizers = {"tokenizer": torch.optim.Adam([p for p in tokenizer.parameters() if p.requires_grad], T.lr, T.betas),
-                  "discriminator": torch.optim.Adam(discriminator.parameters(), A.lr, T.betas)}
+                  "discriminator": torch.optim.Adam(discriminator.parameters(), A.lr, A.betas)}
     loop = Loop(folder, T.steps, config.seed, {"tokenizer": tokenizer, "discriminator": discriminator}, optimizers,
-                {"tokenizer": lambda t: cosine(t, T.steps, T.lr, T.lr_end), "discriminator": lambda t: A.lr})
+                {"tokenizer": lambda t: cosine(t, T.steps, T.lr, T.lr_end), "discriminator": lambda t: A.lr}, averages={"tokenizer": config.tokenizer_training.average})
     G, D = loop.models["tokenizer"], loop.models["discriminator"]
     G.train()
 
@@ -106,6 +106,7 @@ def _fit(tokenizer, discriminator, T, A, weight, loss_at, config, train, folder,
 
     loop.run(step, desc=folder.name, **shared)
     save_file(discriminator.state_dict(), folder / "discriminator.safetensors")
+    if loop.averages: tokenizer = loop.averages["tokenizer"].module
     tokenizer.freeze().save(folder / "model.safetensors")
     return {name: value for name, value in read_log(folder)[-1].items() if name in ("adversarial_scale", "skipped")}
 

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel
+
 from .config import precision, progress, require, seed_of
 from accelerate import Accelerator  # after seqgan.config, which silences a warning of its imports
 
@@ -57,15 +60,18 @@ class Loop:
     """Training as a folder: `log.jsonl` with a line a tick, `checkpoint-<step>/` with everything that resuming needs.
 
     `models` and `optimizers` are dicts by name; optimiser NAME updates model NAME, at the learning rate `schedules[NAME](t)`.
-    The prepared modules are `loop.models[NAME]`; gradients are clipped to norm `clip`."""
+    The prepared modules are `loop.models[NAME]`; gradients are clipped to norm `clip`. `averages` {NAME: window} asks for moving averages of the
+    weights, `loop.averages[NAME].module`, over a window that is this fraction of the updates so far (Karras et al., 2024)."""
 
-    def __init__(self, folder, steps, seed, models, optimizers, schedules, clip=1.0, most_skips=10):
+    def __init__(self, folder, steps, seed, models, optimizers, schedules, clip=1.0, most_skips=10, averages={}):
         require(steps >= 1, "steps", steps, "at least one")
         self.folder, self.steps, self.seed, self.clip, self.most_skips = Path(folder), steps, seed, clip, most_skips
         self.schedules, self.skipped, self.skips_in_a_row, self.writer = schedules, 0, 0, None
         self.accelerator = Accelerator()
         self.models = {name: self.accelerator.prepare(model) for name, model in models.items()}
         self.optimizers = {name: self.accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
+        follow = lambda window: lambda mean, new, n: torch.lerp(mean, new, 1 / (1 + window * n.item()))
+        self.averages = {name: AveragedModel(models[name], avg_fn=follow(window)) for name, window in averages.items() if window}
 
     def autocast(self):
         "The context for forward passes of models: bfloat16 where the hardware has it. Losses stay outside."
@@ -79,6 +85,7 @@ class Loop:
         norm = self.accelerator.clip_grad_norm_(parameters, self.clip)
         if torch.isfinite(norm):
             optimizer.step(); self.skips_in_a_row = 0
+            if name in self.averages: self.averages[name].update_parameters(self.accelerator.unwrap_model(self.models[name]))
             return
         self.skipped += 1; self.skips_in_a_row += 1
         if self.skips_in_a_row >= self.most_skips:
@@ -129,6 +136,7 @@ class Loop:
         part, whole = self.folder / f".part-{t}", self.folder / f"checkpoint-{t}"
         self.accelerator.save_state(str(part))
         if self.accelerator.is_main_process:
+            for name, average in self.averages.items(): save_file(average.state_dict(), part / f"average-{name}.safetensors")
             write_json(part / "loop.json", dict(step=t, skipped=self.skipped, skips_in_a_row=self.skips_in_a_row))
             part.rename(whole)
             for old in self.folder.glob("checkpoint-*"):
@@ -142,6 +150,7 @@ class Loop:
             (self.folder / "log.jsonl").unlink(missing_ok=True)
             return 0
         self.accelerator.load_state(str(newest))
+        for name, average in self.averages.items(): average.load_state_dict(load_file(newest / f"average-{name}.safetensors"))
         state = json.loads((newest / "loop.json").read_text())
         self.skipped, self.skips_in_a_row = state["skipped"], state["skips_in_a_row"]
         kept = [line for line in read_log(newest.parent) if line["step"] <= state["step"]]
