@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PRESETS', 'paper', 'chosen', 'require', 'Data', 'VGG', 'Evaluator', 'Classifier', 'Autoencoder', 'Quantizer',
            'Perceptual', 'Adversarial', 'TokenizerTraining', 'SecondPhase', 'Transformer', 'TransformerTraining',
-           'Sampler', 'MaskedSampler', 'Evaluation', 'Experiment', 'update', 'preset', 'table', 'to_json', 'digest',
+           'Sampler', 'MaskedSampler', 'Evaluation', 'Memory', 'Experiment', 'update', 'preset', 'table', 'digest',
            'seed_of', 'generator', 'in_test', 'root', 'home', 'device', 'precision', 'progress']
 
 # %% ../nbs/00_config.ipynb #69a3668e
 import hashlib, json, os, sys, tempfile, warnings
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -248,6 +248,15 @@ class Evaluation:
     samples: int = chosen(50_000, "generated images, balanced over the classes; the common convention")
     reference: int = chosen(50_000, "at most so many training images as the reference of generation FID, balanced over the classes")
 
+# %% ../nbs/00_config.ipynb #e5a85f49
+@dataclass(frozen=True)
+class Memory:
+    "What the tokenizer's and the transformers' trainings hold at once. The result is the same but for rounding, and for the draws of dropout."
+    parts: int = chosen(1, "parts in which a batch passes through the networks, one after the other; the gradient is that of the whole batch")
+    checkpoint: bool = chosen(False, "keep only the inputs of the blocks and compute them a second time in the backward pass")
+
+    def __post_init__(self): require(self.parts >= 1, "memory.parts", self.parts, "at least 1")
+
 # %% ../nbs/00_config.ipynb #3eecfedf
 @dataclass(frozen=True)
 class Experiment:
@@ -270,10 +279,13 @@ class Experiment:
     sampler: Sampler = Sampler()
     masked_sampler: MaskedSampler = MaskedSampler()
     evaluation: Evaluation = Evaluation()
+    memory: Memory = field(default=Memory(), compare=False)  # tells no experiments apart: see `digest`
 
     def __post_init__(self):
         require(self.phase in (1, 2), "phase", self.phase, "1 or 2")
         require(0 <= self.perceptual.warmup < self.tokenizer_training.steps, "perceptual.warmup", self.perceptual.warmup, f"from 0 to less than tokenizer_training.steps = {self.tokenizer_training.steps}")
+        for name, batch in (("tokenizer_training", self.tokenizer_training.batch), ("second_phase", self.second_phase.batch), ("transformer_training", self.transformer_training.batch)):
+            require(batch % self.memory.parts == 0, "memory.parts", self.memory.parts, f"a divisor of {name}.batch = {batch}")
         require(self.data.size % self.autoencoder.stride == 0, "data.size", self.data.size, f"a multiple of the compression ratio {self.autoencoder.stride}")
         block, sides = self.autoencoder.attention_block, [self.grid << level for level in range(len(self.autoencoder.multipliers))]
         require(not self.autoencoder.attention or all(side <= block or side % block == 0 for side in sides), "autoencoder.attention_block", block, f"for the grids of the decoder, of side {sides}, each a multiple of it or smaller")
@@ -355,13 +367,10 @@ def table(config=Experiment()):
     return pd.DataFrame.from_dict(rows, orient="index")
 
 # %% ../nbs/00_config.ipynb #2349c65d
-def to_json(config):
-    "Canonical JSON of a dataclass, or of anything made of dicts, lists, numbers and strings."
-    return json.dumps(config, sort_keys=True, indent=1, default=asdict)
-
 def digest(*parts):
-    "Twelve hexadecimal digits that name `parts` (dataclasses, dicts, strings, numbers)."
-    return hashlib.sha256(to_json(parts).encode()).hexdigest()[:12]
+    "Twelve hexadecimal digits that name `parts` (dataclasses, dicts, strings, numbers). Equal configurations have equal names."
+    compared = lambda config: {f.name: getattr(config, f.name) for f in fields(config) if f.compare}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, indent=1, default=compared).encode()).hexdigest()[:12]
 
 # %% ../nbs/00_config.ipynb #88afbcb2
 def seed_of(*parts):

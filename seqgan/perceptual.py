@@ -41,7 +41,7 @@ def perceptual_loss(losses, weights):
 
 # %% ../nbs/07_perceptual.ipynb #d3b8f627
 class PerceptualLoss(nn.Module):
-    """The semantic-enhanced perceptual loss of section 3.3.2 with a frozen feature network, in float32 also under autocast.
+    """The semantic-enhanced perceptual loss of section 3.3.2 with a frozen feature network; under autocast only its convolutions are in low precision.
 
     `vgg`: images (B, 3, H, W) in [-1, 1] -> {layer: features}; it is frozen here.
     `forward(fake, real)` -> `perceptual` (Equation 3, without `config.weight`), `low`, `sem`, and each layer's term, detached."""
@@ -57,8 +57,7 @@ class PerceptualLoss(nn.Module):
 
     def forward(self, fake, real):
         require(fake.shape == real.shape, "fake.shape", tuple(fake.shape), f"the real images have shape {tuple(real.shape)}")
-        with torch.autocast(fake.device.type, enabled=False):
-            real, fake = (images.float().contiguous(memory_format=torch.channels_last) for images in (real, fake))  # a fifth faster
-            with torch.no_grad(): target = self.vgg(real)
-            terms = layer_losses(target, self.vgg(fake))
-            return perceptual_loss(terms, layer_weights(self.config.alpha, self.config.layers)) | {name: term.detach() for name, term in terms.items()}
+        real, fake = (images.float().contiguous(memory_format=torch.channels_last) for images in (real, fake))  # a fifth faster
+        with torch.no_grad(): target = self.vgg(real)
+        terms = layer_losses(target, self.vgg(fake))
+        return perceptual_loss(terms, layer_weights(self.config.alpha, self.config.layers)) | {name: term.detach() for name, term in terms.items()}

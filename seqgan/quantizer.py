@@ -78,7 +78,9 @@ class Quantizer(nn.Module):
     """Codebook with straight-through gradient, commitment and entropy terms (Equations 1 and 2, section 3.4). Float32 throughout.
 
     `forward`: z (B, D, h, w) -> z_q (B, D, h, w), codes (B, h, w) int64 in [0, K), and the losses
-    `codebook`, `commit` (Equation 2, without beta), `entropy` (nats, at most ln K) and `vq`, the term of the training loss.
+    `codebook`, `commit` (Equation 2, without beta), `entropy` (nats, at most ln K) and `vq`, the term of the training loss; with them `soft`,
+    the mean assignment (K,) of z. If z is a part of a batch, give it that of the whole batch (the mean of the parts'): `entropy` is then the whole
+    batch's, and the gradients of `vq`, averaged over the parts, are those of the whole batch too.
     Features and codes are compared in d dimensions: d = D, or `config.factors` of them and then with vectors of length 1 (Table 5, ViT-VQGAN)."""
 
     def __init__(self, config: QuantizerConfig, code_dim: int):
@@ -107,17 +109,17 @@ class Quantizer(nn.Module):
         z = self.features(z)
         return nearest(z.flatten(0, 2), self.vectors()).view(z.shape[:3])
 
-    def forward(self, z):
+    def forward(self, z, whole=None):
         c = self.config
         with torch.autocast(z.device.type, enabled=False):
             z, vectors = self.features(z), self.vectors()                 # (B, h, w, d), (K, d)
             flat = z.flatten(0, 2)                                        # (B·h·w, d)
             with torch.set_grad_enabled(torch.is_grad_enabled() and c.gamma > 0):  # at gamma = 0 a report only
                 codes, soft = assign(flat, vectors, c.distance, c.temperature)  # (B·h·w,), Equation 1, and (K,)
-                soft_usage = entropy(soft)
+                soft_usage = entropy(soft if whole is None else soft + (whole - soft).detach())  # the whole's value and slope, this part's share
             codes = codes.view(z.shape[:3])                               # (B, h, w)
             z_q = F.embedding(codes, vectors)                             # (B, h, w, d)
-            losses = dict(codebook=F.mse_loss(z_q, z.detach()), commit=F.mse_loss(z, z_q.detach()), entropy=soft_usage)
+            losses = dict(codebook=F.mse_loss(z_q, z.detach()), commit=F.mse_loss(z, z_q.detach()), entropy=soft_usage, soft=soft.detach())
             losses["vq"] = losses["codebook"] + c.beta * losses["commit"] - c.gamma * losses["entropy"]
             z_q = self.up(z_q.detach() + (z - z.detach()))                # straight-through, (B, h, w, D)
             return z_q.permute(0, 3, 1, 2).contiguous(), codes, losses    # (B, D, h, w), (B, h, w)

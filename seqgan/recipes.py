@@ -9,6 +9,7 @@ __all__ = ['batched', 'logits_of', 'train_classifier', 'train_tokenizer', 'train
 # %% ../nbs/15_recipes.ipynb #9bd10a8e
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,10 @@ from .autoregressive import next_code_loss
 from .config import device, generator, progress, seed_of
 from .data import Batches, to_float
 from .discriminator import Discriminator, bounded, d_loss, g_loss, r1_penalty, ramp
+from .layers import BDAttention, ResidualBlock, recompute
 from .masked import masked_code_loss, random_mask
 from .perceptual import PerceptualLoss
-from .quantizer import count_codes, perplexity, usage
+from .quantizer import count_codes, entropy, perplexity, usage
 from .tokenizer import Tokenizer
 from .training import Loop, cosine, exponential, linear, one_cycle, read_log
 from .transformer import Transformer, parameter_groups
@@ -75,34 +77,55 @@ def _fit(tokenizer, discriminator, T, A, weight, loss_at, config, train, folder,
                   "discriminator": torch.optim.Adam(discriminator.parameters(), A.lr, A.betas)}
     loop = Loop(folder, T.steps, config.seed, {"tokenizer": tokenizer, "discriminator": discriminator}, optimizers,
                 {"tokenizer": lambda t: cosine(t, T.steps, T.lr, T.lr_end), "discriminator": lambda t: A.lr}, averages={"tokenizer": config.tokenizer_training.average})
-    G, D = loop.models["tokenizer"], loop.models["discriminator"]
+    G, D, n = loop.models["tokenizer"], loop.models["discriminator"], config.memory.parts
     G.train()
+    if config.memory.checkpoint: recompute(m for m in tokenizer.modules() if isinstance(m, (ResidualBlock, BDAttention)))
+    mean = lambda values: sum(values) / n
 
-    def discriminate(images, fake, t):
+    def forward(*inputs):
+        with loop.autocast(): return G(*inputs)
+
+    def discriminate(parts, t):
+        "One step of the discriminator on parts (images, fakes)."
+        losses = []
+        def loss(images, fake):
+            with loop.autocast(): losses.append(d_loss(D(images), D(fake)))
+            r1 = A.r1_every * A.r1 / 2 * r1_penalty(D, images) if t % A.r1_every == 0 else 0.0  # lazy: the factor makes up for the steps between
+            return (losses[-1] + r1) / n
         D.requires_grad_(True)
-        with loop.autocast(): loss = d_loss(D(images), D(fake))
-        r1 = A.r1_every * A.r1 / 2 * r1_penalty(D, images) if t % A.r1_every == 0 else 0.0  # lazy: the factor makes up for the steps between
-        loop.update("discriminator", loss + r1)
+        loop.update("discriminator", *(partial(loss, *part) for part in parts))
         D.requires_grad_(False)
-        return {"d_loss": loss}
+        return {"d_loss": mean(loss.detach() for loss in losses)}
+
+    def at_image(images, fake, t, listen):
+        "Terms of the losses at the image, and the gradients of reconstruction and adversarial loss there, each (B, 3, H, W)."
+        fake = fake.requires_grad_()
+        with loop.autocast(): terms = {"l1": (fake - images).abs().mean()} | loss_at(t)(fake, images)
+        (gradient,) = torch.autograd.grad(terms["l1"] + weight * terms["perceptual"], fake)
+        if not listen: return terms, gradient, None
+        with loop.autocast(): terms["g_loss"] = g_loss(D(fake))
+        return terms, gradient, *torch.autograd.grad(terms["g_loss"], fake)
 
     def step(t):
         before(t)
-        images = batches(t)[0].to(device())
-        with loop.autocast(): output, codes, vq = G(images)
-        terms = discriminate(images, output.detach(), t) if t >= A.train_start else {}
+        batch = batches(t)[0].to(device())
+        parts, listen = [batch[i::n] for i in range(n)], A.weight * ramp(t, A.start, A.ramp)
+        with torch.set_grad_enabled(n == 1): outputs, codes, vq = zip(*(forward(images) for images in parts))
+        fakes = [output.detach() for output in outputs]
+        extra = discriminate(zip(parts, fakes), t) if t >= A.train_start else {}
 
-        fake = output.detach().requires_grad_()
-        l1, p = (fake - images).abs().mean(), loss_at(t)(fake, images)
-        (gradient,) = torch.autograd.grad(l1 + weight * p["perceptual"], fake)
-        if (listen := A.weight * ramp(t, A.start, A.ramp)) > 0:
-            with loop.autocast(): adversarial = g_loss(D(fake))
-            (g,) = torch.autograd.grad(adversarial, fake)
-            s = bounded(gradient, g, listen, A.bound)
-            gradient, terms = gradient + s * g, terms | {"g_loss": adversarial, "adversarial_scale": s}
-        loop.update("tokenizer", (output * gradient).sum() + vq["vq"])
-        return {"l1": l1, "low": p["low"], "sem": p["sem"], "perceptual": p["perceptual"], "commit": vq["commit"], "entropy": vq["entropy"],
-                "batch_usage": usage(count_codes(codes, config.quantizer.codes))} | terms
+        terms, gradients, adversarial = zip(*(at_image(images, fake, t, listen) for images, fake in zip(parts, fakes)))
+        terms = [{name: value.detach() for name, value in (p | v).items()} for p, v in zip(terms, vq)]
+        if listen:
+            extra["adversarial_scale"] = s = bounded(torch.cat(gradients), torch.cat(adversarial), listen, A.bound)
+            gradients = [gradient + s * g for gradient, g in zip(gradients, adversarial)]
+        def loss(i):
+            output, _, losses = (outputs[i], codes[i], vq[i]) if n == 1 else forward(parts[i], mean(v["soft"] for v in vq))
+            return ((output * gradients[i]).sum() + losses["vq"]) / n
+        loop.update("tokenizer", *(partial(loss, i) for i in range(n)))
+        extra["entropy"] = entropy(mean(v["soft"] for v in vq))
+        return {name: mean(term[name] for term in terms) for name in ("l1", "low", "sem", "perceptual", "commit", "g_loss") if name in terms[0]} | {
+            "batch_usage": usage(count_codes(torch.cat(codes), config.quantizer.codes))} | extra
 
     loop.run(step, desc=folder.name, **shared)
     save_file(discriminator.state_dict(), folder / "discriminator.safetensors")
@@ -183,24 +206,31 @@ def train_transformer(config, codes, labels, val_codes, val_labels, classes, fol
     loop = Loop(folder, T.steps, seed, {"transformer": transformer}, {"transformer": optimizer},
                 {"transformer": lambda t: min((t + 1) / max(T.warmup, 1), 1) * decay(t, T.steps, T.lr, T.lr_end, T.decay_start)})
     model, causal = loop.models["transformer"], config.transformer.causal
+    if config.memory.checkpoint: recompute(transformer.blocks)
 
-    def losses(codes, labels, *name):
-        "Of a batch; `name` seeds the masks."
-        codes, labels = codes.long().to(device()), labels.to(device())
-        mask = None if causal else random_mask(torch.rand(len(codes), 1 + codes.shape[1], generator=generator("masks", *name))).to(device())
-        with loop.autocast(): logits = model(codes if causal else codes.masked_fill(mask, transformer.mask), labels, mask)
+    def predicted(batch, *name):
+        "Which codes (batch, N) the loss is of: all of them, or those that a mask hides, seeded by `name`."
+        return torch.ones(batch, codes.shape[1], dtype=torch.bool) if causal else random_mask(torch.rand(batch, 1 + codes.shape[1], generator=generator("masks", *name)))
+
+    def losses(codes, labels, mask):
+        codes, labels, mask = codes.long().to(device()), labels.to(device()), mask.to(device())
+        with loop.autocast(): logits = model(codes, labels) if causal else model(codes.masked_fill(mask, transformer.mask), labels, mask)
         return next_code_loss(logits, codes) if causal else masked_code_loss(logits, codes, mask)
 
     def step(t):
         rows = torch.randint(len(codes), (T.batch,), generator=generator("rows", seed, t))
-        terms = losses(codes[rows], labels[rows], seed, t)
-        loop.update("transformer", terms["loss"])
-        return terms
+        mask, terms = predicted(T.batch, seed, t), []
+        def loss(part):  # of the rows that `part` selects, weighted by their share of the predicted codes
+            found = losses(codes[rows[part]], labels[rows[part]], mask[part])
+            terms.append({name: value * (mask[part].sum() / mask.sum()).item() for name, value in found.items()})
+            return terms[-1]["loss"]
+        loop.update("transformer", *(partial(loss, part) for part in torch.arange(T.batch).chunk(config.memory.parts)))
+        return {name: sum(term[name].detach() for term in terms) for name in terms[0]}
 
     @torch.no_grad()
     def validate():
         model.eval()
-        terms = [(len(c), losses(c, l, "validation", i)) for i, (c, l) in enumerate(zip(val_codes.split(64), val_labels.split(64)))]
+        terms = [(len(c), losses(c, l, predicted(len(c), "validation", i))) for i, (c, l) in enumerate(zip(val_codes.split(64), val_labels.split(64)))]
         model.train()
         return {f"val_{name}": sum(n * float(t[name]) for n, t in terms) / len(val_codes) for name in terms[0][1]}
 

@@ -30,9 +30,9 @@ class Tokenizer(Network):
         self.encoder, self.decoder = Encoder(autoencoder), Decoder(autoencoder)
         self.quantizer = Quantizer(quantizer, autoencoder.code_dim)
 
-    def forward(self, images):
-        "Reconstruction (B, 3, H, W) not clamped, codes (B, h, w), and the quantizer's losses by name."
-        z_q, codes, losses = self.quantizer(self.encoder(images))   # (B, D, h, w), (B, h, w)
+    def forward(self, images, whole=None):
+        "Reconstruction (B, 3, H, W) not clamped, codes (B, h, w), and the quantizer's losses by name; `whole` as in `seqgan.quantizer.Quantizer`."
+        z_q, codes, losses = self.quantizer(self.encoder(images), whole)   # (B, D, h, w), (B, h, w)
         return self.decoder(z_q).float(), codes, losses             # (B, 3, H, W)
 
     @torch.no_grad()

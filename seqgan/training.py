@@ -70,18 +70,23 @@ class Loop:
         self.accelerator = Accelerator()
         self.models = {name: self.accelerator.prepare(model) for name, model in models.items()}
         self.optimizers = {name: self.accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
-        follow = lambda window: lambda mean, new, n: torch.lerp(mean, new, 1 / (1 + window * n.item()))
-        self.averages = {name: AveragedModel(models[name], avg_fn=follow(window)) for name, window in averages.items() if window}
+        follow = lambda window: lambda means, new, n: torch._foreach_lerp_(means, new, 1 / (1 + window * n.item()))
+        self.averages = {name: AveragedModel(models[name], multi_avg_fn=follow(window)) for name, window in averages.items() if window}
 
     def autocast(self):
         "The context for forward passes of models: bfloat16 where the hardware has it. Losses stay outside."
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=precision() == "bf16")
 
-    def update(self, name, loss):
-        "One optimiser step of model `name` on `loss`; skipped and counted if the gradient is not finite."
+    def update(self, name, *losses):
+        """One optimiser step of model `name` on the sum of `losses`; skipped and counted if the gradient is not finite.
+
+        A loss is a scalar, or a function that computes one. Functions are called one after the other, each when the one before has had its backward
+        pass: a batch in parts, of which one is held at a time."""
         optimizer, parameters = self.optimizers[name], list(self.models[name].parameters())
         optimizer.zero_grad()
-        self.accelerator.backward(loss)
+        for loss in losses:
+            loss = loss() if callable(loss) else loss
+            self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(parameters, self.clip)
         if torch.isfinite(norm):
             optimizer.step(); self.skips_in_a_row = 0
