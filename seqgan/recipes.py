@@ -150,7 +150,7 @@ def train_tokenizer(config, train, vgg, folder, until=None, start=None):
     def outputs(count, t=0):
         "At least `count` encoder outputs (B, D, h, w) of the batches before step t, or of the first ones."
         n = -(-count // (T.batch * config.grid ** 2))
-        return torch.cat([tokenizer.encoder(batches(i)[0].to(device())) for i in range(max(t - n, 0), max(t, n))])
+        return torch.cat([tokenizer.encoder(part.to(device())) for i in range(max(t - n, 0), max(t, n)) for part in batches(i)[0].chunk(config.memory.parts)])
 
     def reestimate(t):  # a function of the step and the weights alone, so that an interrupted training needs no buffer
         if Q.kmeans_every and 0 < t <= Q.kmeans_last and t % Q.kmeans_every == 0:
