@@ -366,5 +366,6 @@ d = { 'settings': { 'branch': 'main',
                                     'seqgan.transformer.Transformer.start': ('transformer.html#transformer.start', 'seqgan/transformer.py'),
                                     'seqgan.transformer.Transformer.step': ('transformer.html#transformer.step', 'seqgan/transformer.py'),
                                     'seqgan.transformer.check_indices': ('transformer.html#check_indices', 'seqgan/transformer.py'),
+                                    'seqgan.transformer.for_drawing': ('transformer.html#for_drawing', 'seqgan/transformer.py'),
                                     'seqgan.transformer.initialise': ('transformer.html#initialise', 'seqgan/transformer.py'),
                                     'seqgan.transformer.parameter_groups': ('transformer.html#parameter_groups', 'seqgan/transformer.py')}}}

@@ -27,7 +27,7 @@ from .plot import to_uint8
 from .recipes import batched, evaluate_tokenizer, extract_codes, train_classifier, train_decoder, train_tokenizer, train_transformer
 from .tokenizer import Tokenizer
 from .training import read_log, write_json
-from .transformer import Transformer
+from .transformer import Transformer, for_drawing
 
 # %% ../nbs/17_experiment.ipynb #15250289
 @cache
@@ -244,7 +244,7 @@ class Study:
         transformer, c = self.transformer, self.config
         def compute(folder):
             from seqgan.metrics import balanced_labels
-            codes = sample_many(transformer, balanced_labels(c.evaluation.samples, len(self.classes)), sampler_of(c), c.seed, sample=sample if c.transformer.causal else sample_masked)
+            codes = sample_many(for_drawing(transformer), balanced_labels(c.evaluation.samples, len(self.classes)), sampler_of(c), c.seed, sample=sample if c.transformer.causal else sample_masked)
             save_file({"codes": codes.to(torch.int32)}, folder / "codes.safetensors")
             return {"samples": len(codes)}
         return self._run("codes", compute)

@@ -56,7 +56,7 @@ def reveal(transformer, labels, config, seed=0, indices=None):
     codes, labels = torch.full((batch, n), hidden_code, device=device), labels.to(device)
     for t, count in enumerate(counts, 1):
         hidden = codes == hidden_code                                                            # (B, N), M of them True
-        with evaluating(transformer), torch.autocast(device.type, enabled=False): logits = transformer(codes, labels, hidden)   # (M, K)
+        with evaluating(transformer), torch.autocast(device.type, enabled=False): logits = transformer(codes, labels, hidden).float()   # (M, K)
         drawn = draw(logits, drawing, u[:, t - 1, 0][hidden])                                    # (M,)
         gumbel = -(-u[:, t - 1, 1][hidden].clamp_min(2 ** -25).log()).log()                      # (M,); torch.rand can give 0, which has no logarithm
         sure = logits.gather(-1, drawn[:, None])[:, 0] - logits.logsumexp(-1) + config.noise * (1 - t / config.steps) * gumbel   # (M,)

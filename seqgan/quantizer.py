@@ -16,19 +16,25 @@ from .config import generator, require
 
 # %% ../nbs/06_quantizer.ipynb #51ef4f43
 def pieces(z, K):
-    "Rows of z (N, D) in parts whose distances from K codes stay in the cache of a CPU (2 MB), or keep a GPU busy (64 MB)."
-    return z.split(max(1, (2 ** 19 if z.device.type == "cpu" else 2 ** 24) // K))
+    "Rows of z (N, D) in parts, of at least 512, whose distances from K codes stay in the cache of a CPU (2 MB), or keep a GPU busy (64 MB)."
+    return z.split(max(512, (2 ** 19 if z.device.type == "cpu" else 2 ** 24) // K))
 
-def relative_distances(z, codebook):
-    "Squared L2 distances less the square of z, in float32, also under autocast: z (N, D), codebook (K, D) -> (N, K)."
-    with torch.autocast(z.device.type, enabled=False):
-        codebook = codebook.float()
-        return torch.addmm(codebook.pow(2).sum(1), z.float(), codebook.T, alpha=-2)
+def relative_distances(z, codebook, squares):
+    "Squared L2 distances less the square of z, in float32, also under autocast: z (N, D), codebook (K, D) and its `squares` (K,) -> (N, K)."
+    with torch.autocast(z.device.type, enabled=False): return torch.addmm(squares, z.float(), codebook.float().T, alpha=-2)
 
 @torch.no_grad()
-def nearest(z, codebook):
-    "Index of the nearest code, Equation 1: z (N, D), codebook (K, D) -> (N,) int64. The N x K distances are never held at once."
-    return torch.cat([relative_distances(part, codebook).argmin(1) for part in pieces(z, len(codebook))])
+def nearest(z, codebook, width=1024):
+    "Index of the nearest code, Equation 1: z (N, D), codebook (K, D) -> (N,) int64. Tiles of `width` codes: the N x K distances are never held at once."
+    tiles, found = [*zip(range(0, len(codebook), width), codebook.split(width), codebook.float().pow(2).sum(1).split(width))], []
+    for part in pieces(z, min(width, len(codebook))):
+        least, codes = relative_distances(part, *tiles[0][1:]).min(1)                # (n,), (n,)
+        for first, *tile in tiles[1:]:
+            value, code = relative_distances(part, *tile).min(1)
+            codes = torch.where(value < least, first + code, codes)
+            least = torch.minimum(value, least)
+        found.append(codes)
+    return torch.cat(found)
 
 # %% ../nbs/06_quantizer.ipynb #a82be024
 def mean_assignment(distances, temperature):
@@ -39,9 +45,9 @@ def assign(z, codebook, kind, temperature):
     """Nearest codes and soft usage, in one pass: z (N, D), codebook (K, D) -> codes (N,) int64, and `mean_assignment` (K,), with its gradient.
 
     `kind` is the distance D of section 3.4: 'l2', the paper's, or 'squared'."""
-    codes, soft = [], 0
+    codes, soft, squares = [], 0, codebook.float().pow(2).sum(1)
     for part in pieces(z, len(codebook)):
-        distances = relative_distances(part, codebook)                                  # (n, K)
+        distances = relative_distances(part, codebook, squares)                         # (n, K)
         codes.append(distances.detach().argmin(1))
         # The root's slope is infinite at 0; below 1e-6 the square is rounding noise, and gets no gradient.
         if kind == "l2": distances = (distances + part.pow(2).sum(1, keepdim=True)).clamp_min(1e-6).sqrt()
