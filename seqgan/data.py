@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'TEXTURES', 'shapes_classes', 'RESIZE', 'SUFFIXES', 'TINY_IMAGENET', 'draw_shapes', 'to_float', 'ImageSet',
-           'decode', 'resolve', 'load', 'Batches']
+           'decode', 'resolve', 'load', 'Batches', 'subset']
 
 # %% ../nbs/02_data.ipynb #427b6f09
 import hashlib, os, warnings
@@ -324,13 +324,15 @@ class Batches:
     An epoch, of `len` steps, visits the images in a new order and drops what does not fill a batch; with `flip`, half of the images are mirrored at
     random. Raises ValueError if there are fewer images than `batch`."""
 
-    def __init__(self, images, labels, batch, seed, flip=True):
+    def __init__(self, images, labels, batch, seed, flip=True, crop="centre", share=(0, 1)):
+        self.share = share
         require(0 < batch <= len(images), "batch", batch, f"between 1 and the number of images, {len(images)}")
         self.images, self.labels, self.batch, self.seed, self.flip = images, labels, batch, seed, flip
         self.epoch, self.order = None, None                        # the last order asked for, kept because the next step needs it too
 
     def __len__(self): return len(self.images) // self.batch
 
+    def __getitem__(self, step): return self(step)
     def __call__(self, step):
         epoch, i = divmod(step, len(self))
         if epoch != self.epoch: self.epoch, self.order = epoch, torch.randperm(len(self.images), generator=generator("order", self.seed, epoch))
@@ -339,4 +341,6 @@ class Batches:
         if self.flip:
             mirrored = torch.rand(self.batch, generator=generator("flip", self.seed, step)) < 0.5
             images[mirrored] = images[mirrored].flip(3)
-        return to_float(images), self.labels[rows]
+        r, n = self.share
+        return to_float(images)[r::n], self.labels[rows][r::n]
+def subset(images, rows): return images[torch.as_tensor(list(rows))]

@@ -109,9 +109,11 @@ def ramp(t, start, length):
     return float(t >= start) if length == 0 else min(max((t - start) / length, 0.0), 1.0)
 
 # %% ../nbs/08_discriminator.ipynb #2e7d9cc3
-def bounded(rec_grad, adv_grad, weight, bound):
+def bounded(rec_grad, adv_grad, weight, bound, total=lambda squares: squares):
     """The largest s <= weight with |s adv_grad| <= bound |rec_grad|, for gradients at the reconstructed images (B, 3, H, W).
 
-    s = min(weight, bound |rec_grad| / |adv_grad|), norms over the whole batch; a scalar tensor in fp32, finite for finite gradients, zero ones included."""
-    limit, norm = bound * rec_grad.norm(dtype=torch.float64), adv_grad.norm(dtype=torch.float64)  # float64: the squares cannot overflow
+    s = min(weight, bound |rec_grad| / |adv_grad|), norms over the whole batch; a scalar tensor in fp32, finite for finite gradients, zero ones included.
+    If these are one process's share of the batch, `total` adds up the squared norms (2,) of all shares."""
+    squares = total(torch.stack([g.norm(dtype=torch.float64).square() for g in (rec_grad, adv_grad)]))  # float64: the squares cannot overflow
+    limit, norm = bound * squares[0].sqrt(), squares[1].sqrt()
     return torch.where(weight * norm <= limit, weight, limit / norm).float()

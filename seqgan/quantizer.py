@@ -85,8 +85,8 @@ class Quantizer(nn.Module):
 
     `forward`: z (B, D, h, w) -> z_q (B, D, h, w), codes (B, h, w) int64 in [0, K), and the losses
     `codebook`, `commit` (Equation 2, without beta), `entropy` (nats, at most ln K) and `vq`, the term of the training loss; with them `soft`,
-    the mean assignment (K,) of z. If z is a part of a batch, give it that of the whole batch (the mean of the parts'): `entropy` is then the whole
-    batch's, and the gradients of `vq`, averaged over the parts, are those of the whole batch too.
+    the mean assignment (K,) of z. If z is a part of a batch, or one process's share of it, `whole` is a function from that to the whole batch's (the
+    mean of all parts'): `entropy` is then the whole batch's, and the gradients of `vq`, averaged over the parts, are those of the whole batch too.
     Features and codes are compared in d dimensions: d = D, or `config.factors` of them and then with vectors of length 1 (Table 5, ViT-VQGAN)."""
 
     def __init__(self, config: QuantizerConfig, code_dim: int):
@@ -122,7 +122,7 @@ class Quantizer(nn.Module):
             flat = z.flatten(0, 2)                                        # (B·h·w, d)
             with torch.set_grad_enabled(torch.is_grad_enabled() and c.gamma > 0):  # at gamma = 0 a report only
                 codes, soft = assign(flat, vectors, c.distance, c.temperature)  # (B·h·w,), Equation 1, and (K,)
-                soft_usage = entropy(soft if whole is None else soft + (whole - soft).detach())  # the whole's value and slope, this part's share
+                soft_usage = entropy(soft if whole is None else soft + (whole(soft.detach()) - soft).detach())  # the whole's value and slope, this part's share
             codes = codes.view(z.shape[:3])                               # (B, h, w)
             z_q = F.embedding(codes, vectors)                             # (B, h, w, d)
             losses = dict(codebook=F.mse_loss(z_q, z.detach()), commit=F.mse_loss(z, z_q.detach()), entropy=soft_usage, soft=soft.detach())

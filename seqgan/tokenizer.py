@@ -23,10 +23,11 @@ from .quantizer import Quantizer
 class Tokenizer(Network):
     """Images (B, 3, H, W) in [-1, 1] <-> codes (B, H/f, W/f), int64 in [0, K). Section 3.1; architecture of Table 7."""
 
-    def __init__(self, autoencoder: Autoencoder, quantizer: QuantizerConfig):
+    def __init__(self, autoencoder: Autoencoder, quantizer: QuantizerConfig, size=None):
         super().__init__()
         self.config = dict(autoencoder=autoencoder, quantizer=quantizer)
         self.stride = autoencoder.stride
+        self.size = size
         self.encoder, self.decoder = Encoder(autoencoder), Decoder(autoencoder)
         self.quantizer = Quantizer(quantizer, autoencoder.code_dim)
 
@@ -61,6 +62,13 @@ class Tokenizer(Network):
         tokenizer.encoder.requires_grad_(False); tokenizer.quantizer.requires_grad_(False)
         return tokenizer
 
+    @property
+    def codes_digest(self):
+        from seqgan.features import weights_digest
+        return weights_digest(self.encoder)+weights_digest(self.quantizer)
+    def save_pretrained(self, folder): self.save(Path(folder)/"model.safetensors")
+    @classmethod
+    def from_pretrained(cls, folder): return cls.load(Path(folder)/"model.safetensors")
     def save(self, path):
         "Write the weights and the configuration into one safetensors file."
         path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,7 @@ class Transformer(nn.Module):
 
     `config` is a `seqgan.config.Transformer`. If it is conditional, a sequence starts with the embedding of one of `classes` classes; otherwise
     with one learned vector, and labels are ignored. Raises ValueError for a conditional transformer without classes."""
-    def __init__(self, config, codes, positions, classes=0):
+    def __init__(self, config, codes, positions, classes=0, tokenizer=""):
         super().__init__()
         require(not config.conditional or classes > 0, "classes", classes, "at least 1 for a conditional transformer; or set transformer.conditional to False")
         self.config, self.codes, self.positions, self.classes = config, codes, positions, classes if config.conditional else 0
@@ -78,6 +78,19 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.norm, self.head = nn.LayerNorm(config.dim), nn.Linear(config.dim, codes, bias=False)
         initialise(self)
+        self.tokenizer=tokenizer
+    def save_pretrained(self, folder):
+        from safetensors.torch import save_file
+        from pathlib import Path
+        import pickle
+        Path(folder).mkdir(parents=True,exist_ok=True)
+        save_file(self.state_dict(), Path(folder)/"model.safetensors"); pickle.dump((self.config,self.codes,self.positions,self.classes,self.tokenizer),open(Path(folder)/"c","wb"))
+    @classmethod
+    def from_pretrained(cls, folder):
+        from safetensors.torch import load_file
+        from pathlib import Path
+        import pickle
+        net=cls(*pickle.load(open(Path(folder)/"c","rb"))); net.load_state_dict(load_file(Path(folder)/"model.safetensors")); return net.requires_grad_(False).eval()
 
     def expect(self, causal):
         "Raise ValueError unless the transformer is of the kind that is asked for."

@@ -1,0 +1,70 @@
+"""Two processes at one training: the same parameters in both, and the losses of one process at the same batch. On CPUs, by gloo."""
+import json
+import sys
+
+import pytest
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+CHILD = """
+import json
+from pathlib import Path
+from unittest.mock import patch
+import torch
+from seqgan.codes import Codes, extract_codes
+from seqgan.config import home, preset
+from seqgan.data import ImageSet, load
+from seqgan.features import VGG, weights_digest
+from seqgan.recipes import train_classifier, train_decoder, train_tokenizer, train_transformer
+from seqgan.tokenizer import Tokenizer
+from seqgan.training import Loop, processes
+rank, count = processes()
+changes = {"tokenizer_training.steps": 8, "second_phase.steps": 4, "transformer_training.steps": 8, "perceptual.warmup": 2, "adversarial.train_start": 1, "adversarial.start": 2, "adversarial.ramp": 2,
+           "quantizer.kmeans_every": 3, "quantizer.kmeans_last": 6, "transformer.dropout": 0.0, "memory.parts": PARTS}
+c, out = preset("smoke", changes), home() / "out"
+cut = lambda s, n: ImageSet(s.images[:n], s.labels[:n], s.classes)
+train, val = cut(load(c.data, "train"), 250), cut(load(c.data, "val"), 63)   # neither divides by the batch nor by the processes
+torch.manual_seed(0)
+vgg = VGG(c.vgg, 40)
+seen = {}
+plain = Loop.update
+def update(self, name, *losses):
+    plain(self, name, *losses)
+    seen.setdefault((self.folder.name, name), []).append(weights_digest(self.plain(name)))
+# Adam divides a gradient by its size, so where it is 0 up to rounding one process and two part ways; plain descent shows whether the gradients are the same
+descent = lambda params, lr, *_: torch.optim.SGD(params, 5 * lr)
+with patch("seqgan.training.precision", return_value="no"), patch.object(Loop, "update", update), patch("torch.optim.Adam", descent), patch("torch.optim.AdamW", descent):
+    print("classifier", train_classifier(vgg, c.classifier, train, val, out / "vgg", 0))
+    train_tokenizer(c, train, vgg, out / "tokenizer", val)
+    train_decoder(c, out / "tokenizer/model", train, vgg, out / "decoder", val)
+    tokenizer = Tokenizer.from_pretrained(out / "tokenizer/model")
+    codes = [extract_codes(tokenizer, s.images, s.labels, out / name, flip=True) for name, s in (("train", train), ("val", val))]
+    train_transformer(c, *codes, 40, out / "ar")
+    train_transformer(preset("smoke", changes | {"transformer.causal": False}), *codes, 40, out / "nar")
+(home() / f"weights-{rank}.json").write_text(json.dumps({"/".join(key): digests for key, digests in seen.items()}))
+"""
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_two_processes_are_one(child, python, tmp_path, parts):
+    "Both phases with their discriminators, k-means, the entropy and the adversarial bound; the classifiers; codes; AR and NAR; sets that do not divide."
+    code = CHILD.replace("PARTS", str(parts))
+    (tmp_path / "child.py").write_text(code)
+    one, two = python(code, home="one"), child(*TORCHRUN, str(tmp_path / "child.py"), home="two")
+    assert one.returncode == 0, one.stdout[-3000:]
+    assert two.returncode == 0, two.stdout[-3000:]
+    first, second = (json.loads((tmp_path / "two" / f"weights-{rank}.json").read_text()) for rank in (0, 1))
+    assert first.keys() == {"vgg/net", "tokenizer/tokenizer", "tokenizer/discriminator", "decoder/tokenizer", "decoder/discriminator", "ar/transformer", "nar/transformer"}
+    for run in first: assert first[run] == second[run] and len(set(first[run])) > 1, run   # after every step, to the last bit
+    for run in ("vgg", "tokenizer", "decoder", "ar", "nar"):
+        logs = [[json.loads(line) for line in (tmp_path / home / "out" / run / "log.jsonl").read_text().splitlines()] for home in ("one", "two")]
+        assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
+        for a, b in zip(*logs):
+            assert a.keys() == b.keys()
+            for name in a.keys() - {"seconds_per_step"}:
+                # rounding decides now and then which of two codes is nearest: one of 32 codes in use, or one image of 63
+                rel, absolute = (1e-5, 1e-6) if (run, a["step"]) == ("tokenizer", 1) else (1e-2, 0.05) if name.startswith("val_") or "usage" in name or name == "accuracy" else (1e-3, 1e-4)
+                assert b[name] == pytest.approx(a[name], rel=rel, abs=absolute), (run, a["step"], name)
+    for name in ("train", "val"):
+        files = [tmp_path / home / "out" / name / "codes.npy" for home in ("one", "two")]
+        assert files[0].stat().st_size == files[1].stat().st_size
+    assert two.stdout.count("classifier") == 2 and two.stdout.count("MB in") == 2  # what is said, is said once
