@@ -177,8 +177,8 @@ class TokenizerTraining:
     betas: tuple = paper((0.9, 0.99), "Table 9, Adam")
     average: float = chosen(0.0, "of both phases: keep a moving average of the weights, its window this fraction of the steps so far; 0 keeps the last ones, and the paper mentions no other")
 
-    start: str = later("", "folder of a tokenizer and its discriminator that phase one starts from, as on LSUN (section 4.1); empty to start anew")
-    start_weights: str = later("", "SHA-256 of the weights in that folder, filled in by `seqgan.experiment.Study`")
+    start: str = field(default="", compare=False, metadata=dict(source="chosen: folder of a tokenizer and its discriminator that phase one starts from; empty to start anew", neutral=""))
+    start_weights: str = later("", "hash of the weights in that folder, which is what tells experiments apart, filled in by `seqgan.experiment.resolved`")
 
     def __post_init__(self): require(0 <= self.average < 1, "tokenizer_training.average", self.average, "in [0, 1)")
 
@@ -331,7 +331,7 @@ def update(config, changes):
         else: new[head] = _typed(name, value, known[head].type, known[head].default)
     return replace(config, **new, **{head: update(getattr(config, head), part) for head, part in groups.items()})
 
-# %% ../nbs/00_config.ipynb #b8a85d35
+# %% ../nbs/00_config.ipynb #acd327c1
 def from_dict(kind, values):
     """The dataclass `kind` with the settings of `values`, a dict as `dataclasses.asdict` makes it and JSON keeps it.
 
@@ -390,6 +390,7 @@ _GIVEN = {  # what differs between the datasets, as Tables 9 and 10 have it: set
     "transformer_training.batch":   ("paper: Table 10", 256, 32, 256, 256, 64),
     "sampler.top_p":                ("paper: Table 10", 0.92, 0.98, 0.98, 0.98, 0.98),
     "masked_sampler.temperature":   ("paper: Table 10", 0.45, 0.65, 0.65, 0.65, 0.65),
+    "tokenizer_training.start":     ("paper: section 4.1, LSUN from the tokenizer of ImageNet: name its folder", "", "", "paper-imagenet", "paper-imagenet", "paper-imagenet"),
     "data.crop":                    ("chosen: the shorter side at 256 pixels and a random square of it, as VQGAN", *["random"] * 5),
     "adversarial.start":            ("chosen: on LSUN the discriminator of the ImageNet tokenizer goes on, so it is listened to at once", 20_000, 20_000, 0, 0, 0),
     "adversarial.ramp":             ("chosen: as adversarial.start", 10_000, 10_000, 0, 0, 0),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL', 'STOP', 'cosine', 'exponential', 'linear', 'one_cycle', 'write_json', 'read_log', 'processes', 'across',
-           'interleaved', 'agreed', 'full_disk', 'save_tensors', 'file_digest', 'Stopped', 'Loop']
+           'interleaved', 'agreed', 'full_disk', 'save_tensors', 'file_digest', 'Stopped', 'Loop', 'keep_best']
 
 # %% ../nbs/14_training.ipynb #38a4faee
 import errno, hashlib, json, math, os, shutil, threading, time
@@ -60,7 +60,7 @@ def read_log(folder):
         except json.JSONDecodeError: break
     return ticks
 
-# %% ../nbs/14_training.ipynb #9432216b
+# %% ../nbs/14_training.ipynb #22d1c8f5
 @cache
 def processes():
     "This process's index and how many there are: those that torchrun or accelerate launch started, connected when this is first asked; else (0, 1)."
@@ -83,7 +83,7 @@ def agreed(value):
     broadcast_object_list(values)
     return values[0]
 
-# %% ../nbs/14_training.ipynb #44401808
+# %% ../nbs/14_training.ipynb #3f9e759e
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def full_disk(error):
@@ -315,3 +315,10 @@ class Loop:
             part.replace(self.folder / "log.jsonl")
         say(f"{self.folder.name}: going on from step {state['step']} of {self.steps}")
         return state["step"]
+def keep_best(folder):
+    "Remove the checkpoints of a finished training but the one whose number was the best, if it had one; that is best/ then."
+    checkpoints = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: -int(p.name[11:]))
+    best = json.loads((checkpoints[0] / "loop.json").read_text())["best"] if checkpoints else None
+    for checkpoint in checkpoints:
+        if best and checkpoint.name == f"checkpoint-{best[1]}" and not (checkpoint.parent / "best").exists(): checkpoint.rename(checkpoint.parent / "best")
+        else: shutil.rmtree(checkpoint)
