@@ -6,28 +6,27 @@
 __all__ = ['Tokenizer']
 
 # %% ../nbs/09_tokenizer.ipynb #3d92bf9e
-import json
+import hashlib
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from .autoencoder import Decoder, Encoder
-from .config import Autoencoder, Quantizer as QuantizerConfig, require
-from .features import Network
+from .config import Autoencoder, Quantizer as QuantizerConfig, from_dict, require
+from .features import Network, weights_digest
+from .pretrained import Pretrained, settings_of
 from .quantizer import Quantizer
 
 # %% ../nbs/09_tokenizer.ipynb #ded6137a
-class Tokenizer(Network):
-    """Images (B, 3, H, W) in [-1, 1] <-> codes (B, H/f, W/f), int64 in [0, K). Section 3.1; architecture of Table 7."""
+class Tokenizer(Network, Pretrained):
+    """Images (B, 3, H, W) in [-1, 1] <-> codes (B, H/f, W/f), int64 in [0, K). Section 3.1; architecture of Table 7.
+
+    `size` is the side of the images that it was trained on, if that is known. Raises ValueError if it is not a multiple of the stride f."""
 
     def __init__(self, autoencoder: Autoencoder, quantizer: QuantizerConfig, size=None):
         super().__init__()
-        self.config = dict(autoencoder=autoencoder, quantizer=quantizer)
-        self.stride = autoencoder.stride
-        self.size = size
+        self.config, self.stride, self.size = dict(autoencoder=autoencoder, quantizer=quantizer), autoencoder.stride, size
+        require(size is None or type(size) is int and size > 0 and size % self.stride == 0, "size", size, f"a positive multiple of the compression ratio {self.stride}, or None")
         self.encoder, self.decoder = Encoder(autoencoder), Decoder(autoencoder)
         self.quantizer = Quantizer(quantizer, autoencoder.code_dim)
 
@@ -38,12 +37,14 @@ class Tokenizer(Network):
 
     @torch.no_grad()
     def encode(self, images):
-        "Codes (B, H/f, W/f) of images (B, 3, H, W) in [-1, 1]."
-        return self.quantizer.encode(self.encoder(images))
+        "Codes (B, H/f, W/f) of images (B, 3, H, W) in [-1, 1], of any float type. Raises ValueError for others, and if a side is not a multiple of f."
+        require(isinstance(images, torch.Tensor), "type of the images", type(images).__name__, "a float tensor (B, 3, H, W) in [-1, 1]")
+        return self.quantizer.encode(self.encoder(images.float() if images.is_floating_point() else images))
 
     @torch.no_grad()
     def decode(self, codes):
-        "Images (B, 3, f h, f w) in [-1, 1] of codes (B, h, w) in [0, K)."
+        "Images (B, 3, f h, f w) in [-1, 1] of codes int64 (B, h, w) in [0, K). Raises ValueError for others."
+        require(isinstance(codes, torch.Tensor), "type of the codes", type(codes).__name__, "an int64 tensor (B, h, w)")
         return self.decoder(self.quantizer.lookup(codes)).float().clamp(-1, 1)
 
     def reconstruct(self, images):
@@ -55,34 +56,24 @@ class Tokenizer(Network):
 
         New attention starts as the identity, so it draws the same images until it is trained."""
         c = replace(self.config["autoencoder"], attention=attention)
-        tokenizer = Tokenizer(c, self.config["quantizer"])
+        tokenizer = Tokenizer(c, self.config["quantizer"], self.size)
         missing, unexpected = tokenizer.load_state_dict(self.state_dict(), strict=False)
         strange = unexpected + [name for name in missing if "attention" not in name]
         require(not strange, "weights", strange, "a tokenizer whose decoder differs by its attention only")
         tokenizer.encoder.requires_grad_(False); tokenizer.quantizer.requires_grad_(False)
         return tokenizer
 
-    @property
     def codes_digest(self):
-        from seqgan.features import weights_digest
-        return weights_digest(self.encoder)+weights_digest(self.quantizer)
-    def save_pretrained(self, folder): self.save(Path(folder)/"model.safetensors")
-    @classmethod
-    def from_pretrained(cls, folder): return cls.load(Path(folder)/"model.safetensors")
-    def save(self, path):
-        "Write the weights and the configuration into one safetensors file."
-        path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}")
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, part, metadata={"config": json.dumps(self.config, default=asdict)})
-        part.replace(path)
+        "SHA-256 (hexadecimal) of what codes depend on, encoder and quantizer: whatever the decoder, and wherever the weights are."
+        parts = weights_digest(self.encoder), weights_digest(self.quantizer), f"normalize={self.config['quantizer'].normalize}"
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    def _config(self):
+        return {name: asdict(part) for name, part in self.config.items()} | {"images": {"size": self.size, "channels": 3, "range": [-1, 1]}}
 
     @classmethod
-    def load(cls, path):
-        "The tokenizer that `save` wrote, frozen."
-        with safe_open(path, "pt") as file: metadata = file.metadata() or {}
-        if "config" not in metadata: raise ValueError(f"{path} holds no tokenizer: it has no configuration. It must have been written by Tokenizer.save.")
-        c = json.loads(metadata["config"])
-        c["autoencoder"]["multipliers"] = tuple(c["autoencoder"]["multipliers"])
-        tokenizer = cls(Autoencoder(**c["autoencoder"]), QuantizerConfig(**c["quantizer"]))
-        tokenizer.load_state_dict(load_file(path))
-        return tokenizer.freeze()
+    def _from_config(cls, values):
+        autoencoder, quantizer, images = settings_of(values, "autoencoder", "quantizer", "images")
+        size, channels, extent = settings_of(images, "size", "channels", "range")
+        require((channels, extent) == (3, [-1, 1]), "images.channels, images.range", (channels, extent), "3 and [-1, 1], the only ones that there are")
+        return cls(from_dict(Autoencoder, autoencoder), from_dict(QuantizerConfig, quantizer), size)

@@ -7,12 +7,14 @@ __all__ = ['Attention', 'Block', 'check_indices', 'initialise', 'Transformer', '
 
 # %% ../nbs/10_transformer.ipynb #6df397ab
 import copy
+from dataclasses import asdict
 
 import torch
 from torch import nn
 
-from .config import precision, require
+from .config import Transformer as TransformerConfig, from_dict, precision, require
 from .layers import attend
+from .pretrained import Pretrained, settings_of
 
 # %% ../nbs/10_transformer.ipynb #2ebabe34
 class Attention(nn.Module):
@@ -62,15 +64,17 @@ def initialise(transformer):
         for projection in (block.attention.project, block.mlp[-1]): projection.weight.div_((2 * len(transformer.blocks)) ** 0.5)
 
 # %% ../nbs/10_transformer.ipynb #6ed4656d
-class Transformer(nn.Module):
+class Transformer(nn.Module, Pretrained):
     """The transformer of Table 8 over sequences of `positions` codes (N), each one of `codes` (K): autoregressive if causal, else masked.
 
     `config` is a `seqgan.config.Transformer`. If it is conditional, a sequence starts with the embedding of one of `classes` classes; otherwise
-    with one learned vector, and labels are ignored. Raises ValueError for a conditional transformer without classes."""
+    with one learned vector, and labels are ignored. `tokenizer` is the `codes_digest` of the tokenizer whose codes it models, '' if that is not known.
+    Raises ValueError for a conditional transformer without classes."""
     def __init__(self, config, codes, positions, classes=0, tokenizer=""):
         super().__init__()
         require(not config.conditional or classes > 0, "classes", classes, "at least 1 for a conditional transformer; or set transformer.conditional to False")
         self.config, self.codes, self.positions, self.classes = config, codes, positions, classes if config.conditional else 0
+        self.tokenizer = tokenizer
         self.start_embedding = nn.Embedding(max(self.classes, 1), config.dim)
         self.code_embedding = nn.Embedding(codes if config.causal else codes + 1, config.dim)    # the last one: the mask token
         self.position_embedding = nn.Embedding(positions, config.dim)
@@ -78,23 +82,14 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.norm, self.head = nn.LayerNorm(config.dim), nn.Linear(config.dim, codes, bias=False)
         initialise(self)
-        self.tokenizer=tokenizer
-    def save_pretrained(self, folder):
-        from safetensors.torch import save_file
-        from pathlib import Path
-        import pickle
-        Path(folder).mkdir(parents=True,exist_ok=True)
-        save_file(self.state_dict(), Path(folder)/"model.safetensors"); pickle.dump((self.config,self.codes,self.positions,self.classes,self.tokenizer),open(Path(folder)/"c","wb"))
-    @classmethod
-    def from_pretrained(cls, folder):
-        from safetensors.torch import load_file
-        from pathlib import Path
-        import pickle
-        net=cls(*pickle.load(open(Path(folder)/"c","rb"))); net.load_state_dict(load_file(Path(folder)/"model.safetensors")); return net.requires_grad_(False).eval()
 
     def expect(self, causal):
         "Raise ValueError unless the transformer is of the kind that is asked for."
         require(self.config.causal == causal, "transformer.causal", self.config.causal, "step and init_cache belong to a causal transformer, mask and seqgan.masked to one that is not")
+
+    def expect_tokenizer(self, digest):
+        "Raise ValueError unless codes of the tokenizer with this `codes_digest` are those that the transformer models, as far as it knows."
+        require(self.tokenizer in ("", digest), "tokenizer", digest, f"this transformer models the codes of the tokenizer {self.tokenizer}; codes of another one mean nothing to it")
 
     @property
     def mask(self):
@@ -137,6 +132,18 @@ class Transformer(nn.Module):
         x = self.dropout(x + self.position_embedding.weight[i])[:, None]                         # (B, 1, dim)
         for block, own in zip(self.blocks, cache): x = block(x, own, i)
         return self.head(self.norm(x[:, 0]))                                                     # (B, K)
+
+    def _config(self):
+        return {"transformer": asdict(self.config), **{name: getattr(self, name) for name in ("codes", "positions", "classes", "tokenizer")}}
+
+    @classmethod
+    def _from_config(cls, values):
+        config, codes, positions, classes, tokenizer = settings_of(values, "transformer", "codes", "positions", "classes", "tokenizer")
+        config = from_dict(TransformerConfig, config)
+        for name, number, least in (("transformer.blocks", config.blocks, 1), ("transformer.heads", config.heads, 1), ("codes", codes, 1), ("positions", positions, 1), ("classes", classes, 0)):
+            require(type(number) is int and number >= least, name, number, f"an integer of at least {least}")
+        require(isinstance(tokenizer, str), "tokenizer", tokenizer, "a text, the codes_digest of a tokenizer or ''")
+        return cls(config, codes, positions, classes, tokenizer)
 
 # %% ../nbs/10_transformer.ipynb #2bff3740
 def for_drawing(transformer):
