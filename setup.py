@@ -12,6 +12,6 @@ setup(
     author=cfg["author"], author_email=cfg["author_email"], license="Apache-2.0",
     long_description=(Path(__file__).parent / "README.md").read_text(), long_description_content_type="text/markdown",
     packages=["seqgan"], python_requires=f">={cfg['min_python']},<3.13",
-    install_requires=cfg["requirements"].split(), extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "bench")},
+    install_requires=cfg["requirements"].split(), extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "bench", "lsun")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )
