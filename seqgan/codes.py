@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK', 'batched', 'Codes', 'extract_codes', 'read_codes', 'encode_folder']
 
-# %% ../nbs/15_codes.ipynb #cdda5ca6
+# %% ../nbs/15_codes.ipynb #1e1002e2
 import json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .config import Data, device, is_main, progress, require, say
 from .data import load, resolve, to_float
 from .training import STOP, Stopped, agreed, processes, write_json
 
-# %% ../nbs/15_codes.ipynb #0c24e797
+# %% ../nbs/15_codes.ipynb #fde4410d
 def batched(function, images, batch=64):
     """`function` over uint8 images (N, 3, H, W), a batch at a time on the device, the results concatenated on the CPU. No gradient.
 
@@ -27,7 +27,7 @@ def batched(function, images, batch=64):
         parts = [function(to_float(images[i:i + batch]).to(device())) for i in progress(range(0, len(images), batch), desc="batches")]
     return torch.cat([p.cpu() for p in parts])
 
-# %% ../nbs/15_codes.ipynb #5c4b6a0e
+# %% ../nbs/15_codes.ipynb #e8bdbb85
 CHUNK = 1024  # images from one mark of progress to the next
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ def extract_codes(tokenizer, images, labels, folder, source="", flip=False):
     with codes of other images or another tokenizer, or a disk that is too small, `seqgan.training.Stopped` when told to stop."""
     folder, K, side = Path(folder), len(tokenizer.quantizer.codebook), [length // tokenizer.stride for length in images.shape[2:]]
     kind, (rank, count) = np.dtype(np.int16 if K <= 2 ** 15 else np.int32), processes()
-    stamp = dict(tokenizer=tokenizer.codes_digest, K=K, shape=[1 + flip, len(images), *side], dtype=kind.name, source=source)
+    stamp = dict(tokenizer=tokenizer.codes_digest(), K=K, shape=[1 + flip, len(images), *side], dtype=kind.name, source=source)
     if is_main(): _begin(folder, stamp, labels)
     agreed(None)                                                                  # the others wait until the files are there
     todo = [i for i, done in enumerate((folder / "done.bin").read_bytes()) if not done][rank::count]
@@ -91,7 +91,7 @@ def extract_codes(tokenizer, images, labels, folder, source="", flip=False):
             os.pwrite(done.fileno(), b"\1", i)                                     # after the codes are on the disk
             if STOP.is_set(): raise Stopped(f"{folder} stopped with codes missing; the same command goes on from there")
     agreed(None)
-    return read_codes(folder, tokenizer.codes_digest)
+    return read_codes(folder, tokenizer.codes_digest())
 
 def read_codes(folder, tokenizer=""):
     """The `Codes` in a folder. Raises ValueError if they are not complete, or not of the tokenizer with the `codes_digest` `tokenizer`.
@@ -106,7 +106,7 @@ def read_codes(folder, tokenizer=""):
     except (OSError, ValueError) as error: raise ValueError(f"The codes in {folder} are damaged ({error}). Delete the folder and extract them again.") from error
     return Codes(torch.from_numpy(codes.reshape(-1, *codes.shape[2:])), torch.from_numpy(labels).repeat(len(codes)), stamp["tokenizer"], stamp["K"])
 
-# %% ../nbs/15_codes.ipynb #8752a887
+# %% ../nbs/15_codes.ipynb #b90f5e11
 def encode_folder(tokenizer, images, folder, size=None, flip=False):
     """`Codes` of all images in the folder `images`, sorted by path, written to `folder` beside names.txt with their paths; labels are numbers of class folders.
 

@@ -323,7 +323,7 @@ class Study:
     def generation_run(self):
         "The drawn codes as images, decoded by this study's phase and measured."
         (evaluator, _), tokenizer, _ = self.evaluator, self.tokenizer, self.codes_run
-        self.transformer.expect_tokenizer(tokenizer.codes_digest)
+        self.transformer.expect_tokenizer(tokenizer.codes_digest())
         def measured():
             from seqgan.metrics import accuracy, balanced_labels, balanced_subset, generated_set, generation_metrics, protocol, real_set
             c, train = self.config, self.train
