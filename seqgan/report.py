@@ -25,12 +25,12 @@ from .plot import DPI, save_figure, show_rows
 
 # %% ../nbs/18_report.ipynb #6ccb0548
 def transformers(c):
-    "The transformers that are trained on a tokenizer's codes (Table 1): {name: changes}. AR-L is 4/3 as wide (768 -> 1024), `2x` twice as long; NAR as in Table 10."
+    "The transformers that are trained on a tokenizer's codes (Tables 1, 3 and 4): {name: changes}. AR-L and NAR-L are 4/3 as wide (768 -> 1024), `2x` twice as long; NAR as in Table 10."
     T, steps = c.transformer, c.transformer_training.steps
     dim = round(T.dim * 4 / 3 / T.heads) * T.heads
     large = {"transformer.dim": dim, "transformer.hidden": 4 * dim}
-    return {"AR": {}, "AR-L": large, "AR-L 2x": large | {"transformer_training.steps": 2 * steps},
-            "NAR": {"transformer.causal": False, "transformer_training.decay": "linear", "transformer_training.decay_start": steps // 10, "transformer_training.lr_end": 0.0}}
+    masked = {"transformer.causal": False, "transformer_training.decay": "linear", "transformer_training.decay_start": min(steps // 10, 50_000), "transformer_training.lr_end": 0.0}
+    return {"AR": {}, "AR-L": large, "AR-L 2x": large | {"transformer_training.steps": 2 * steps}, "NAR": masked, "NAR-L": masked | large}
 
 def decoders(c):
     "The decoders of Table 1, trained in phase one: {name: changes}."

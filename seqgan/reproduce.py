@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'PICTURES', 'Row', 'table_rows', 'studies_of', 'whole_study', 'seconds_by_kind', 'missing', 'listing',
-           'draw', 'reproduce', 'main']
+           'draw', 'reproduce']
 
 # %% ../nbs/19_reproduce.ipynb #b4a3c23b
-import argparse, json, shlex, signal, statistics, threading
+import json, shlex, statistics, threading
 from dataclasses import dataclass, replace
 
-from .config import PRESETS, home, preset, require
+from .config import home, preset, require, say
 from .data import resolve
 from .experiment import Study, is_finished, is_recorded, plan, record, run_folder
 from .plot import save_figure
@@ -107,32 +107,11 @@ def reproduce(rows, minutes=None):
                 if not is_recorded(c): record(Study(c))
             write_table(row.table)
             draw(row.table, [other for other in rows if (other.table, other.seed) == (row.table, row.seed)])
-            print(f"{row.table}, {row.name}, seed {row.seed}: done", flush=True)
+            say(f"{row.table}, {row.name}, seed {row.seed}: done")
         return True
     except Stopped as stopped:
-        print(stopped, flush=True)
+        say(stopped)
         return False
     finally:
         if timer: timer.cancel()
         STOP.clear()
-
-def main(argv=None):
-    "The `seqgan` command."
-    parser = argparse.ArgumentParser(prog="seqgan", description="SeQ-GAN: the study from the command line.")
-    command = parser.add_subparsers(dest="command", required=True).add_parser("reproduce", help="run the whole study, or what is missing of it")
-    command.add_argument("--preset", default="tiny", choices=list(PRESETS))
-    command.add_argument("--data", default="shapes", help="'shapes', or the path of a folder of images")
-    command.add_argument("--seeds", type=int, default=1, help="how many: 0, 1, ...")
-    command.add_argument("--tables", nargs="+", default=list(TABLES), choices=list(TABLES), help="only these")
-    command.add_argument("--minutes", type=float, help="stop cleanly after so long; the same command goes on")
-    command.add_argument("--dry-run", action="store_true", help="only list what is to do")
-    a = parser.parse_args(argv)
-    try:
-        require(a.seeds >= 1, "seeds", a.seeds, "at least 1")
-        rows = [row for row in whole_study(a.preset, a.data, a.seeds) if row.table in a.tables]
-    except (ValueError, FileNotFoundError) as error: parser.error(str(error))
-    print(listing(rows), flush=True)
-    if a.dry_run: return 0
-    for name in (signal.SIGTERM, signal.SIGINT): signal.signal(name, lambda *_: STOP.set())
-    if not reproduce(rows, a.minutes): print(listing(rows).splitlines()[-1], flush=True)
-    return 0

@@ -60,7 +60,7 @@ def read_log(folder):
         except json.JSONDecodeError: break
     return ticks
 
-# %% ../nbs/14_training.ipynb #22d1c8f5
+# %% ../nbs/14_training.ipynb #e14878c7
 @cache
 def processes():
     "This process's index and how many there are: those that torchrun or accelerate launch started, connected when this is first asked; else (0, 1)."
@@ -83,7 +83,7 @@ def agreed(value):
     broadcast_object_list(values)
     return values[0]
 
-# %% ../nbs/14_training.ipynb #3f9e759e
+# %% ../nbs/14_training.ipynb #f70de052
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def full_disk(error):
@@ -190,17 +190,19 @@ class Loop:
                 line = {name: total / self.sums[name][1] for name, total in self._totals().items()}
                 self.sums = {}
                 bar.set_postfix({name: f"{value:.3g}" for name, value in list(line.items())[:3]}, refresh=False)
-                seconds, tick, at = (time.monotonic() - tick) / (n - at), time.monotonic(), n
+                seconds = (time.monotonic() - tick) / (n - at)
                 line = {"step": n} | line | (evaluate() if judge else {}) | {"skipped": self.skipped, "seconds_per_step": seconds}
                 improved = best in line and agreed(self.best is None or line[best] < self.best[0])
                 if improved: self.best = line[best], n
                 self._log(line)
+                tick, at = time.monotonic(), n
             stop, due = self._asked(n, time.monotonic() - saved >= pause)
             stop = stop and n < last
             if stop or due or improved or n == last:
                 began = time.monotonic()
                 self._save(n, must=stop or n == last)
                 saved = time.monotonic()
+                tick += saved - began                                                    # seconds_per_step is of steps
                 pause = max(save_seconds, 50 * (saved - began)) if save_seconds else 0   # at most a fiftieth of the time goes into saving
             if stop:
                 bar.close()

@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import ROOT
 
-SEQGAN = (sys.executable, "-c", "import sys; from seqgan.reproduce import main; sys.exit(main())", "reproduce", "--preset", "smoke")
+SEQGAN = (sys.executable, "-c", "import sys; from seqgan.__main__ import main; sys.exit(main())", "reproduce", "--preset", "smoke")
 
 
 def test_dry_run(child, tmp_path):
