@@ -97,7 +97,7 @@ class Pretrained:
         """Write model.safetensors, README.md (the text `card`, unless it is empty) and config.json into a folder, which is made if need be.
 
         At any moment the folder holds the old model, the new one, or no config.json. Raises ValueError for weights that are not float32;
-        errors of the disk pass, and leave the old model or no config.json, and no part of a file."""
+        errors of the disk pass, and leave no part of a file. (A process that is killed may leave a folder .part-*, which nothing reads.)"""
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         for name, value in weights.items(): require(value.dtype == torch.float32, f"type of {name}", value.dtype, "float32; a model in another type is made from one by .to(...) after loading")
         config = {"model": f"seqgan.{type(self).__name__}"} | self._config()
@@ -180,8 +180,8 @@ def model_card(kind, source="user/name", *, data=None, preset="", settings=None,
     parts = [
         "---\nlicense: apache-2.0\nlibrary_name: seqgan\ntags:\n- seqgan\n- image-generation\n- vector-quantization\n- arxiv:2212.03185\n---",
         f"# SeQ-GAN {kind}",
-        f"A {kind} after SeQ-GAN, [Rethinking the Objectives of Vector-Quantized Tokenizers for Image Synthesis](https://arxiv.org/abs/2212.03185) (arXiv:2212.03185), "
-        f"trained with the library `seqgan`; these are not the authors' weights. {_WHAT[kind]}".replace("A auto", "An auto"),
+        f"{'An' if kind.startswith('a') else 'A'} {kind} after SeQ-GAN, [Rethinking the Objectives of Vector-Quantized Tokenizers for Image Synthesis](https://arxiv.org/abs/2212.03185) (arXiv:2212.03185), "
+        f"trained with the library `seqgan`; these are not the authors' weights. {_WHAT[kind]}",
         "## Use", f"```python\n{_USE[kind].format(source=source)}\n```",
         *table("Data", "what", "value", data, "It knows images like these; of others it makes what it can."),
         *table("Training", "setting", "value", ({"preset": preset} if preset else {}) | (settings or {})),

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-RUNTIME = {"torch", "torchvision", "torch_fidelity", "accelerate", "safetensors", "numpy", "pandas", "matplotlib", "PIL", "tqdm"}
+RUNTIME = {"torch", "torchvision", "torch_fidelity", "accelerate", "safetensors", "huggingface_hub", "lmdb", "numpy", "pandas", "matplotlib", "PIL", "tqdm"}
 
 
 def cells(path, kind="code"):
