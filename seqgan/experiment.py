@@ -387,4 +387,5 @@ def record(study):
         hardware=last["hardware"], versions=last["versions"], revision=last["revision"], code=source_digest("experiment"))
     file = record_file(c)
     if is_main(): write_json(file, value)
+    agreed(None)  # nobody reads the records before it is there
     return value | {"file": str(file)}
