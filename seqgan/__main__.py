@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['settings', 'train', 'stop_on_signals', 'main']
 
-# %% ../nbs/20_command.ipynb #638d1017
+# %% ../nbs/20_command.ipynb #aa592948
 import argparse, json, signal, sys
 
 from .config import PRESETS, is_main, preset, require, say
 from .experiment import Busy, Study, is_finished, plan, record, resolved, run_folder
 from .report import TABLES, transformers
 from .reproduce import listing, reproduce, whole_study
-from .training import STOP, Stopped, agreed, processes
+from .training import STOP, Stopped, anyone, processes
 
-# %% ../nbs/20_command.ipynb #538f5a07
+# %% ../nbs/20_command.ipynb #513d245b
 def settings(pairs):
     "`--set` on the command line: ['a.b=0.4', ...] -> {'a.b': 0.4}; a value is JSON, else a text. Raises ValueError for a pair without '='."
     found = {}
@@ -33,12 +33,12 @@ def train(config, until=""):
     kinds = list(study.plan)
     require(until in ("", *kinds), "until", until, f"empty for all, or one of {', '.join(kinds)}")
     for kind in kinds[:kinds.index(until) + 1] if until else kinds:
-        if agreed(STOP.is_set()): return False
+        if anyone(STOP.is_set()): return False
         getattr(study, {"vgg": "vgg", "evaluator": "evaluator", "ar": "transformer_run", "nar": "transformer_run"}.get(kind, f"{kind}_run"))
     if not until: say(f"recorded in {record(study)['file']}")
     return True
 
-# %% ../nbs/20_command.ipynb #5cae2334
+# %% ../nbs/20_command.ipynb #4a540a97
 def _parser():
     parser = argparse.ArgumentParser(prog="seqgan", description="SeQ-GAN from the command line.")
     commands = parser.add_subparsers(dest="command", required=True)

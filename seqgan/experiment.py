@@ -29,7 +29,7 @@ from .plot import to_uint8
 from .pretrained import model_card
 from .recipes import evaluate_tokenizer, train_classifier, train_decoder, train_tokenizer, train_transformer
 from .tokenizer import Tokenizer
-from .training import STOP, Stopped, agreed, file_digest, full_disk, interleaved, keep_best, processes, read_log, save_tensors, write_json
+from .training import STOP, Stopped, agreed, anyone, file_digest, full_disk, interleaved, keep_best, processes, read_log, save_tensors, write_json
 from .transformer import Transformer, for_drawing
 
 # %% ../nbs/17_experiment.ipynb #15250289
@@ -245,7 +245,7 @@ class Study:
         numbers, parts = {k: v for k, v in metrics.items() if k != "protocol"}, ("autoencoder", "quantizer", "perceptual") if kind == "tokenizer" else ("transformer", "transformer_training")
         if is_main():
             (folder / "model" / "README.md").write_text(model_card(
-                kind, str(folder / "model"), data=dict(name=dataset_name(c.data), fingerprint=c.data.fingerprint, size=c.data.size, training=len(self.train), validation=len(self.val)), preset=c.preset,
+                kind, data=dict(name=dataset_name(c.data), fingerprint=c.data.fingerprint, size=c.data.size, training=len(self.train), validation=len(self.val)), preset=c.preset,
                 settings={name: asdict(getattr(c, name)) for name in parts}, metrics=numbers, protocol=metrics.get("protocol"),
                 made=hardware() | versions() | {"revision": revision(), "seed": c.seed}))
         return metrics
@@ -313,7 +313,7 @@ class Study:
                     drawn = sample_many(net, labels[rows[share]], sampler_of(c), c.seed, indices=rows[share], sample=sample if c.transformer.causal else sample_masked)
                     drawn = interleaved(drawn.to(device()))[:len(rows)].cpu()
                     if is_main(): save_tensors({"codes": drawn.to(torch.int32)}, file)
-                    if agreed(STOP.is_set()): raise Stopped(f"{folder.name} stopped with {int(rows[-1]) + 1} of {len(labels)} drawn; the same command goes on from there")
+                    if anyone(STOP.is_set()): raise Stopped(f"{folder.name} stopped with {int(rows[-1]) + 1} of {len(labels)} drawn; the same command goes on from there")
                 parts.append(file)
             if is_main():
                 save_tensors({"codes": torch.cat([load_file(file)["codes"] for file in parts])}, folder / "codes.safetensors")

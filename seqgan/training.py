@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FULL', 'STOP', 'cosine', 'exponential', 'linear', 'one_cycle', 'write_json', 'read_log', 'processes', 'across',
-           'interleaved', 'agreed', 'full_disk', 'save_tensors', 'file_digest', 'Stopped', 'Loop', 'keep_best']
+           'anyone', 'interleaved', 'agreed', 'full_disk', 'save_tensors', 'file_digest', 'Stopped', 'Loop',
+           'keep_best']
 
 # %% ../nbs/14_training.ipynb #38a4faee
 import errno, hashlib, json, math, os, shutil, threading, time
@@ -60,7 +61,7 @@ def read_log(folder):
         except json.JSONDecodeError: break
     return ticks
 
-# %% ../nbs/14_training.ipynb #e14878c7
+# %% ../nbs/14_training.ipynb #6c3c7da4
 @cache
 def processes():
     "This process's index and how many there are: those that torchrun or accelerate launch started, connected when this is first asked; else (0, 1)."
@@ -71,6 +72,10 @@ def processes():
 def across(value, how="mean"):
     "The mean of a tensor over all processes, or its 'sum'; without gradient. The tensor itself where there is one process."
     return value if processes()[1] == 1 else reduce(value.detach(), how)
+
+def anyone(flag):
+    "Whether it is so in any process."
+    return bool(flag) if processes()[1] == 1 else across(torch.tensor(float(flag), device=PartialState().device), "sum").item() > 0
 
 def interleaved(value):
     "The whole batch (R B, ...) from each process's share (B, ...), in the order of the batch: image i is the share of process i mod R."
@@ -83,7 +88,7 @@ def agreed(value):
     broadcast_object_list(values)
     return values[0]
 
-# %% ../nbs/14_training.ipynb #f70de052
+# %% ../nbs/14_training.ipynb #fb4b6c34
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def full_disk(error):
