@@ -230,6 +230,14 @@ def test_stream_inside_a_forked_worker(tmp_path):
         assert pool.submit(stream_in_a_pool, fill(tmp_path / "images", 40)).result(60)
 
 
+def test_stream_where_processes_are_not_forked(tmp_path):
+    "Then the batches are sent to the workers as a pickle."
+    train = lazy(fill(tmp_path / "images", 40))
+    batches = Batches(train.images, train.labels, 8, seed=0, crop="random")
+    sent = pickle.loads(pickle.dumps(D._Ahead(batches)))
+    assert all(torch.equal(x, y) for x, y in zip(sent[3], batches.pixels(3)))
+
+
 def test_cores(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     alone = D._cores()
