@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK', 'batched', 'Codes', 'extract_codes', 'read_codes', 'encode_folder']
 
-# %% ../nbs/15_codes.ipynb #1e1002e2
+# %% ../nbs/15_codes.ipynb #8d5e12ff
 import json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ import torch
 
 from .config import Data, device, is_main, progress, require, say
 from .data import load, resolve, to_float
-from .training import STOP, Stopped, agreed, processes, write_json
+from .training import STOP, Stopped, agreed, anyone, processes, write_json
 
-# %% ../nbs/15_codes.ipynb #fde4410d
+# %% ../nbs/15_codes.ipynb #802b9bd2
 def batched(function, images, batch=64):
     """`function` over uint8 images (N, 3, H, W), a batch at a time on the device, the results concatenated on the CPU. No gradient.
 
@@ -27,7 +27,7 @@ def batched(function, images, batch=64):
         parts = [function(to_float(images[i:i + batch]).to(device())) for i in progress(range(0, len(images), batch), desc="batches")]
     return torch.cat([p.cpu() for p in parts])
 
-# %% ../nbs/15_codes.ipynb #e8bdbb85
+# %% ../nbs/15_codes.ipynb #5419cd57
 CHUNK = 1024  # images from one mark of progress to the next
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +89,8 @@ def extract_codes(tokenizer, images, labels, folder, source="", flip=False):
                 require(os.pwrite(file.fileno(), values, offset + (mirrored * len(images) + part.start) * row) == len(values), "codes", str(folder), "on a disk with room")
             os.fsync(file.fileno())
             os.pwrite(done.fileno(), b"\1", i)                                     # after the codes are on the disk
-            if STOP.is_set(): raise Stopped(f"{folder} stopped with codes missing; the same command goes on from there")
-    agreed(None)
+            if STOP.is_set(): break
+    if anyone(STOP.is_set()): raise Stopped(f"{folder} stopped; the same command goes on from there")
     return read_codes(folder, tokenizer.codes_digest())
 
 def read_codes(folder, tokenizer=""):
@@ -106,7 +106,7 @@ def read_codes(folder, tokenizer=""):
     except (OSError, ValueError) as error: raise ValueError(f"The codes in {folder} are damaged ({error}). Delete the folder and extract them again.") from error
     return Codes(torch.from_numpy(codes.reshape(-1, *codes.shape[2:])), torch.from_numpy(labels).repeat(len(codes)), stamp["tokenizer"], stamp["K"])
 
-# %% ../nbs/15_codes.ipynb #b90f5e11
+# %% ../nbs/15_codes.ipynb #551ac98a
 def encode_folder(tokenizer, images, folder, size=None, flip=False):
     """`Codes` of all images in the folder `images`, sorted by path, written to `folder` beside names.txt with their paths; labels are numbers of class folders.
 

@@ -8,7 +8,7 @@ __all__ = ['SHAPES', 'TEXTURES', 'shapes_classes', 'RESIZE', 'SUFFIXES', 'FORMAT
            'Names', 'Files', 'subset', 'load', 'Batches']
 
 # %% ../nbs/02_data.ipynb #427b6f09
-import fcntl, hashlib, os, re, shutil, stat, tarfile, threading, warnings, zipfile
+import fcntl, gc, hashlib, os, re, shutil, stat, tarfile, threading, warnings, zipfile
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -197,6 +197,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 PIXELS = 2 ** 28 // 3                                                          # 268 MB decoded; Pillow warns from here on
 
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of odd metadata, which is not read
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 def decode(file, size, place=(0.5, 0.5)):
@@ -217,7 +218,7 @@ def decode(file, size, place=(0.5, 0.5)):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC, centering=place))
 
-# %% ../nbs/02_data.ipynb #a8add2e4
+# %% ../nbs/02_data.ipynb #667d08ac
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 
 def _members(archive):
@@ -379,9 +380,9 @@ def _layout(folder, paths):
     val = dict(zip(every, _held_out(map(os.fsencode, every))))
     return {p: c for p, c in every.items() if not val[p]}, {p: every[p] for p in sorted(every) if val[p]}, {}
 
-# %% ../nbs/02_data.ipynb #18eb0b30
+# %% ../nbs/02_data.ipynb #0a122cf6
 class Names:
-    "Many short byte strings, one after the other in memory: 3 million keys of LSUN take 150 MB."
+    "Many short byte strings, one after the other in memory: 3 million keys of LSUN take 200 MB."
     def __init__(self, names):
         self.text, self.ends = bytearray(), array("q", [0])
         for name in names: self.text += name; self.ends.append(len(self.text))
@@ -390,7 +391,7 @@ class Names:
     def __getitem__(self, i): return bytes(self.text[self.ends[i]:self.ends[i + 1]])
 
 def _shown(name):
-    "A name of a file or a key (bytes) in one line of text, whatever is in it."
+    "A name (of a file or a key, bytes) or another text in one line, whatever is in it."
     text = os.fsdecode(name)
     return text if text.isprintable() else ascii(text)
 
@@ -525,12 +526,12 @@ class Files:
     def _decoded(self, i, place):
         "Image i, or the next one of its class that can be decoded."
         try: return decode(self.read(self.names[i]), self.size, place)
-        except Exception as error: why = f"{type(error).__name__}: {error}"    # Pillow raises almost anything for a broken file
+        except Exception as error: why = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"    # Pillow raises almost anything for a broken file
         same = (self.labels == self.labels[i]).nonzero().flatten()
         for j in torch.cat([same[same > i], same[same < i]]).tolist():
             try: image = decode(self.read(self.names[j]), self.size, place)
             except Exception: continue
-            if i not in self.told: print(f"{_shown(self.names[i])} cannot be decoded ({why[:200]!r}), {_shown(self.names[j])} stands in for it", flush=True)
+            if i not in self.told: print(f"{_shown(self.names[i])} cannot be decoded ({_shown(why[:200])}): {_shown(self.names[j])} stands in for it\n", end="", flush=True)
             self.told.add(i)
             return image
         require(False, "data", _shown(self.names[i]), f"an image that can be decoded ({why}), or another one of its class; of {len(same)} none can")
@@ -625,6 +626,7 @@ class Batches:
         if not isinstance(self.images, Files): return self[step]
         if step != self.next:
             self.ahead = self.next = None                          # ends the workers that read for another step
+            gc.collect()                                           # and any left by an error, that the new ones would inherit and wait for
             self.ahead = iter(DataLoader(_Ahead(copy(self)), batch_size=None, sampler=range(step, 2 ** 62), num_workers=min(_cores(), WORKERS),
                                          generator=torch.Generator()))                 # its own: the global one belongs to the model
         self.next = None                                           # so that after an error it begins anew

@@ -15,7 +15,7 @@ from .data import resolve
 from .experiment import Study, is_finished, is_recorded, plan, record, run_folder
 from .plot import save_figure
 from .report import TABLES, figure5, figure9, transformers, write_table
-from .training import STOP, Stopped
+from .training import STOP, Stopped, anyone
 
 # %% ../nbs/19_reproduce.ipynb #90f39ca2
 NOTEBOOKS = {"figure6": ("ablation_alpha", "alpha"), "table1": ("ablation_decoder", "decoder"), "table5": ("ablation_codebook", "codebook"),
@@ -103,7 +103,7 @@ def reproduce(rows, minutes=None):
     try:
         for row in rows:
             for c in row.studies.values():
-                if STOP.is_set(): return False
+                if anyone(STOP.is_set()): return False
                 if not is_recorded(c): record(Study(c))
             write_table(row.table)
             draw(row.table, [other for other in rows if (other.table, other.seed) == (row.table, row.seed)])

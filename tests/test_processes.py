@@ -19,7 +19,7 @@ from seqgan.tokenizer import Tokenizer
 from seqgan.training import Loop, processes
 rank, count = processes()
 changes = {"tokenizer_training.steps": 8, "second_phase.steps": 4, "transformer_training.steps": 8, "perceptual.warmup": 2, "adversarial.train_start": 1, "adversarial.start": 2, "adversarial.ramp": 2,
-           "quantizer.kmeans_every": 3, "quantizer.kmeans_last": 6, "transformer.dropout": 0.0, "memory.parts": PARTS}
+           "quantizer.kmeans_every": 3, "quantizer.kmeans_last": 6, "transformer.dropout": 0.0, "memory.parts": PARTS, "memory.checkpoint": PARTS > 1}
 c, out = preset("smoke", changes), home() / "out"
 cut = lambda s, n: ImageSet(s.images[:n], s.labels[:n], s.classes)
 train, val = cut(load(c.data, "train"), 250), cut(load(c.data, "val"), 63)   # neither divides by the batch nor by the processes
