@@ -117,11 +117,11 @@ def before_changes(home, act):
 def kind_of(label):
     "Operations that are much the same have one name; empty for one that changes nothing that counts."
     event, path = label.split()
-    if event == "os.mkdir" or path.endswith((".lock", "here")) or event in ("open", "os.remove") and re.search(r"/\.[^/]+N$", path) or path.startswith("statistics"): return ""
-    path = re.sub(r"(part|checkpoint)-N/\.?(?!loop)[a-z]+-[\w.-]+", r"\1-N/*", path).replace("checkpoint-N/loop.json", "checkpoint-N/*").replace("/val/", "/train/")
+    if event in ("os.mkdir", "os.rmdir") or path.endswith((".lock", "here")) or event in ("open", "os.remove") and re.search(r"/\.[^/]+(N|l)$", path) or path.startswith("statistics"): return ""
+    path = re.sub(r"(part-N|checkpoint-N|end)/\.?(?!loop.json.N|model.safe|config)[a-z]+[\w.-]+", r"\1/*", path).replace("/val/", "/train/")
     folder, _, rest = path.partition("/")
     if rest == ".config.json.N": return f"{event} {rest}"
-    if not re.search("metrics|end", rest) and (event, rest) != ("os.rename", "checkpoint-N"): folder = {"evaluator": "vgg", "warmup": "tokenizer", "decoder": "tokenizer"}.get(folder, folder)
+    if not re.search("metrics|end", rest) and (event, rest) != ("os.rename", "checkpoint-N"): folder = {"vgg": "tokenizer", "evaluator": "tokenizer", "warmup": "tokenizer", "decoder": "tokenizer"}.get(folder, folder)
     return f"{event} {folder}/{rest}"
 
 
@@ -157,8 +157,9 @@ def command(arguments, faults=(), nan=None):
     """`seqgan` at preset smoke with a checkpoint at every step. `faults`: [[pattern of an operation, what to do before it], ...], one after the other, or
     'each': SIGKILL before the first operation of each kind. `nan`, [kind of run, model, first, last]: the loss of the model is NaN at these steps."""
     from seqgan import __main__ as cli, codes
-    from seqgan.config import home
+    from seqgan.config import home, preset
     from seqgan.features import weights_digest
+    from seqgan.reproduce import Row
     from seqgan.training import STOP, Loop
     files = {name: os.open(home().parent / f"{home().name}-{name}", os.O_RDWR | os.O_APPEND | os.O_CREAT) for name in ("steps", "kinds")}
     seen, todo, can = set(os.read(files["kinds"], 2 ** 20).decode().splitlines()), list(faults), acts(home(), STOP)
@@ -186,7 +187,10 @@ def command(arguments, faults=(), nan=None):
     if nan: Loop.update = poisoned
     home().mkdir(exist_ok=True)
     before_changes(home(), act)
-    return cli.main([arguments[0], "--preset", "smoke", *arguments[1:]])
+    if arguments[0] == "train": return cli.main(["train", "--preset", "smoke", *arguments[1:]])
+    c = preset("smoke", cli.settings(arguments[4:]) | {"phase": 2})               # a study of one row, the one of `train`
+    cli.whole_study = lambda *_: [Row("figure8", "2", 0, {"AR": c})]
+    return cli.main(["reproduce", "--preset", "smoke"])
 
 
 def content(file):
