@@ -115,9 +115,11 @@ def run(kind, settings, compute, module="recipes"):
     An interrupted run goes on from its checkpoint; the best one stays as best/. A run of the same settings by other code is named and left alone.
     Every one of several processes computes; the first one writes. Raises OSError with a sentence if the disk is full."""
     folder, code = run_folder(kind, settings, module), source_digest(module)
-    if _finished(folder): return folder
+    if _finished(folder) and not agreed(any(folder.glob("checkpoint-*"))): return folder
     with locked(folder):
-        if _finished(folder): return folder
+        if _finished(folder):
+            if is_main(): keep_best(folder)  # the process that computed it was killed after it had finished
+            return folder
         if is_main():
             for part in [p for p in folder.rglob(".*") if p.name != ".lock"]:  # what a process left that was killed while it wrote
                 shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)

@@ -61,7 +61,7 @@ def read_log(folder):
         except json.JSONDecodeError: break
     return ticks
 
-# %% ../nbs/14_training.ipynb #c85efca6
+# %% ../nbs/14_training.ipynb #bf4a8c55
 @cache
 def processes():
     "This process's index and how many there are: those that torchrun or accelerate launch started, connected when this is first asked; else (0, 1)."
@@ -88,7 +88,7 @@ def agreed(value):
     broadcast_object_list(values)
     return values[0]
 
-# %% ../nbs/14_training.ipynb #e5f43e63
+# %% ../nbs/14_training.ipynb #c7e9f01d
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def full_disk(error):
@@ -133,7 +133,9 @@ class Loop:
         self.schedules, self.skipped, self.skips_in_a_row, self.writer = schedules, 0, dict.fromkeys(models, 0), None
         self.sums, self.best, self.unwritten = {}, None, []      # of the tick so far; (value, step); log lines that a full disk did not take
         processes()
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")  # `autocast` says where precision may be low
+        kind, parts = self.accelerator.distributed_type.value, self.accelerator.gradient_accumulation_steps
+        require(kind in ("NO", "MULTI_GPU", "MULTI_CPU") and parts == 1, "configuration of accelerate", (kind, parts), "several GPUs with a copy of the models each, gradient_accumulation_steps 1; memory.parts saves memory")
         self.models = {name: self.accelerator.prepare(model) for name, model in models.items()}
         self.optimizers = {name: self.accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
         follow = lambda window: lambda means, new, n: torch._foreach_lerp_(means, new, 1 / (1 + window * n.item()))

@@ -177,6 +177,21 @@ def test_a_file_vanishes_while_workers_read(tmp_path, capfd):
     assert "FileNotFoundError" in out and "stands in for it" in out
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_is_killed(tmp_path, capfd, number):
+    "By a scheduler's signal to all processes, or for want of memory: the step is read anew, and the batches are the same."
+    fill(tmp_path / "images", 40)
+    train = D.load(D.resolve(Data(name=str(tmp_path / "images"), size=16, crop="random")), "train")
+    batches = D.Batches(train.images, train.labels, 8, seed=0, crop="random")
+    for step in range(12):
+        images, labels = batches(step)
+        expected, same = batches[step]
+        assert torch.equal(images, expected) and torch.equal(labels, same)
+        if step == 3:
+            for worker in batches.ahead._workers: os.kill(worker.pid, number)
+    assert capfd.readouterr().out.count("is read anew") == 1
+
+
 STREAM = """
 import os, sys, time, torch
 from seqgan.data import *
