@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK', 'batched', 'Codes', 'extract_codes', 'read_codes', 'encode_folder']
 
-# %% ../nbs/15_codes.ipynb #4a63eb65
+# %% ../nbs/15_codes.ipynb #3444794a
 import json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .config import Data, device, is_main, progress, require, say
 from .data import load, resolve, to_float
 from .training import STOP, Stopped, agreed, anyone, processes, write_json
 
-# %% ../nbs/15_codes.ipynb #5e45d318
+# %% ../nbs/15_codes.ipynb #12ad81ab
 def batched(function, images, batch=64):
     """`function` over uint8 images (N, 3, H, W), a batch at a time on the device, the results concatenated on the CPU. No gradient.
 
@@ -27,7 +27,7 @@ def batched(function, images, batch=64):
         parts = [function(to_float(images[i:i + batch]).to(device())) for i in progress(range(0, len(images), batch), desc="batches")]
     return torch.cat([p.cpu() for p in parts])
 
-# %% ../nbs/15_codes.ipynb #1987038f
+# %% ../nbs/15_codes.ipynb #f2394585
 CHUNK = 1024  # images from one mark of progress to the next
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ def _begin(folder, stamp, labels):
         different = [name for name in stamp if old.get(name) != stamp[name]]
         return require(not different, "codes", str(folder), f"a new folder: this one holds codes of another {', '.join(different)}")
     size = np.prod(stamp["shape"]) * np.dtype(stamp["dtype"]).itemsize
-    say(f"codes of {len(labels):,} images{' and their mirror images' * (stamp['shape'][0] - 1)}: {size / 1e6:,.1f} MB in {folder}")
+    say(f"codes of {len(labels):,} images{' and their mirror images' * (stamp['shape'][0] - 1)}: {size / 1e6:,.3g} MB in {folder.parent.name}/{folder.name}")
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     require(size < free, "codes", str(folder), f"a folder on a disk with {size / 1e9:.2f} GB free; this one has {free / 1e9:.2f} GB")
@@ -106,7 +106,7 @@ def read_codes(folder, tokenizer=""):
     except (OSError, ValueError) as error: raise ValueError(f"The codes in {folder} are damaged ({error}). Delete the folder and extract them again.") from error
     return Codes(torch.from_numpy(codes.reshape(-1, *codes.shape[2:])), torch.from_numpy(labels).repeat(len(codes)), stamp["tokenizer"], stamp["K"])
 
-# %% ../nbs/15_codes.ipynb #589a45d1
+# %% ../nbs/15_codes.ipynb #1e12f98c
 def encode_folder(tokenizer, images, folder, size=None, flip=False):
     """`Codes` of all images in the folder `images`, sorted by path, written to `folder` beside names.txt with their paths; labels are numbers of class folders.
 
