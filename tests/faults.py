@@ -208,7 +208,7 @@ def results(home, kinds=r"[a-z_]+"):
     left = [p for p in (home / "runs").glob("*/**/.*") if p.name != ".lock" and (home / p.relative_to(home).parts[0] / p.relative_to(home).parts[1] / "metrics.json").exists()]
     assert not left, left
     return {name: content(file) for file in home.rglob("*") if file.is_file() and file.suffix in (".json", ".jsonl", ".safetensors", ".npy", ".bin")
-            and re.search(rf"^(runs/({kinds})-|reports/results)", name := file.relative_to(home).as_posix()) and not re.search(r"/\.|damaged-|config\.json", name)}
+            and re.search(rf"^(runs/({kinds})-{'|reports/results' * (kinds == '[a-z_]+')})", name := file.relative_to(home).as_posix()) and not re.search(r"/\.|damaged-|config\.json", name)}
 
 
 def finished(home):
