@@ -21,7 +21,7 @@ PLACES = [".config.json", "open vgg/log", "rename evaluator/.part-N/", "warmup/m
 def fault(name): FAULTS[name] += 1
 
 
-def sentence(process, words, home=None):
+def sentence(process, words):
     "The process ends with status 1 and a sentence in which `words` are, and no traceback."
     status, output = process.wait()
     assert status == 1 and "Traceback" not in output, output
@@ -48,7 +48,7 @@ def test_full_disk(forked, home, whole, disk):
         before = finished(home)
         status, output = forked(command, ALL, [[place, full]]).wait()
         fault("full disk")
-        assert "Traceback" not in output and (status == 0 or status == 1 and any(words in output for words in FULL.split("|"))), (place, output)
+        assert "Traceback" not in output and (status == 0 or status == 1 and any(words in output for words in FULL)), (place, output)
         assert status == 1 or place in ("statistics", "reports"), (place, output)
         assert before.items() <= finished(home).items(), place
         shutil.rmtree(home / "ballast", ignore_errors=True)
@@ -63,7 +63,7 @@ def test_full_for_a_while(forked, copied, home, whole, disk):
     for folder in whole.iterdir(): shutil.copytree(folder, home / folder.name)
     for kind in ("ar", "codes", "generation"): shutil.rmtree(run_of(home, kind))
     log, save = "open ar/log", "os.mkdir ar/.part-N$"
-    status, output = forked(command, AR, [[log, "nothing"], [log, full], [log, "nothing"], [log, room], [log, full], [save, room], [log, "SIGKILL"]]).wait()
+    status, output = forked(command, AR, [[log, "nothing"], [log, full], [log, "nothing"], [log, room], [log, full], [f"{log}|{save}", room], [log, "SIGKILL"]]).wait()
     assert status == -signal.SIGKILL and "goes on meanwhile" in output, output
     FAULTS.update(["disk full for a while", "disk full for the log", "SIGKILL before the log is written"])
     status, output = forked(command, AR).wait()
@@ -96,11 +96,11 @@ def half(file): os.truncate(file, file.stat().st_size // 2)
 
 
 DAMAGE = {"half": half, "empty": lambda f: os.truncate(f, 0), "gone": lambda f: f.unlink(), "flipped": flip}
-GARBAGE = {text: lambda f, text=text: f.write_text(text) for text in ("null", "[]", "{}", '{"files": null, "run": "", "digest": ""}', "\x00")}
+GARBAGE = {text: lambda f, text=text: f.write_text(text) for text in ("null", '{"files": null, "run": "", "digest": ""}', "\x00")}
 
 
-@pytest.mark.parametrize("name, how", [(name, how) for name in ("model-transformer.safetensors", "optimizer-transformer.safetensors", "loop.json") for how in DAMAGE]
-                         + [("loop.json", how) for how in (*GARBAGE, "other step")])
+@pytest.mark.parametrize("name, how", [("model-transformer.safetensors", how) for how in DAMAGE] + [("optimizer-transformer.safetensors", "half")]
+                         + [("loop.json", how) for how in ("half", "gone", *GARBAGE, "other step")])
 def test_damaged_checkpoint(forked, copied, whole, begun, name, how):
     "A file of the newest checkpoint is damaged: a line says so, and the training goes on from the one before it."
     home = copied("ar", begun)
@@ -117,7 +117,7 @@ def test_all_checkpoints_damaged(forked, copied, whole, begun):
     files = list(run_of(home, "ar").glob("checkpoint-*/model-*"))
     for file in files: half(file); fault("damaged checkpoint")
     status, output = forked(command, AR).wait()
-    assert status == 0 and output.count("is damaged") == len(files) and "going on" not in output, output
+    assert status == 0 and output.count("is damaged:") == len(files) and "going on" not in output, output
     assert results(home, "ar") == results(whole, "ar")
 
 
@@ -211,22 +211,22 @@ def test_damaged_codes(forked, copied, whole, name, how):
     folder = run_of(home, "image_codes") / "train"
     DAMAGE[how](folder / name)
     fault("damaged codes")
-    process = forked(command, AR)
+    process = forked(command, [*ALL, "--until", "image_codes"])
     if process.wait()[0] != 0:
         sentence(process, [str(folder), "elete"])
         shutil.rmtree(folder)
-        assert forked(command, AR).wait()[0] == 0
-    assert results(home, "image_codes|ar") == results(whole, "image_codes|ar")
+        assert forked(command, [*ALL, "--until", "image_codes"]).wait()[0] == 0
+    assert results(home, "image_codes") == results(whole, "image_codes")
 
 
 @pytest.mark.parametrize("kind, model", [("vgg", "net"), ("tokenizer", "tokenizer"), ("tokenizer", "discriminator"), ("ar", "transformer")])
 def test_not_finite(forked, copied, whole, kind, model):
     "A step with a NaN leaves the weights and is counted; after ten in a row a sentence, and the same command goes on from the last checkpoint."
-    until, first = {"vgg": "vgg", "tokenizer": "tokenizer", "ar": "ar"}[kind], {"tokenizer": 4}.get(kind, 1)   # warm-up ends at step 4
+    first = 4 if kind == "tokenizer" else 1                                          # it begins with the 4 steps of the warm-up
     home = copied({"vgg": "evaluator", "tokenizer": "warmup", "ar": "decoder"}[kind])
     if kind == "vgg": shutil.rmtree(run_of(home, "vgg"))
     more = ["--set", *STUDY[3:], "tokenizer_training.steps=16"] if kind == "tokenizer" else []
-    what = ["train", *STUDY, *more, "--until", until]
+    what = ["train", *STUDY, *more, "--until", kind]
     fault("NaN")
     sentence(forked(command, what, [], [kind, model, first + 1, 99]), ["10 steps in a row had a gradient that is not finite", f"model {model!r}"])
     status, output = forked(command, what).wait()
@@ -257,7 +257,7 @@ def test_image_vanishes(forked, home, photos, gone):
     process.until((home / "here").exists)
     listed = sorted((photos / "class0").iterdir())
     if gone == "one":
-        for image in listed[:20]: image.unlink(); fault("image that vanishes")       # one of them is in the training split, and each is used in every epoch
+        for image in listed[:20]: image.unlink(); fault("image that vanishes")       # most of them are for training, where each is used in every epoch
     else:
         for image in listed: image.unlink()
         fault("class that vanishes")
@@ -265,8 +265,8 @@ def test_image_vanishes(forked, home, photos, gone):
     if gone == "class": sentence(process, "class0"); return
     status, output = process.wait()
     assert status == 0 and "stands in for it" in output and "Traceback" not in output, output
-    again = sentence_or_anew = forked(command, lazily(photos)).wait()                 # a folder with other images is another data set: a new run beside the old
-    assert again[0] == 0 and len(list(home.glob("runs/vgg-*"))) == 2, sentence_or_anew
+    status, output = forked(command, lazily(photos)).wait()                          # a folder with other images is another data set: a new run beside the old
+    assert status == 0 and len(list(home.glob("runs/vgg-*"))) == 2, output
 
 
 def test_all_processes_are_told_to_stop(forked, home, photos):
