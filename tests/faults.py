@@ -174,7 +174,7 @@ def command(arguments, faults=(), nan=None):
     run, update = Loop.run, Loop.update
     def counted_run(self, step, *args, **kwargs):
         def counted(t):
-            os.write(files["steps"], f"{self.folder.name} {t}\n".encode())
+            with suppress(OSError): os.write(files["steps"], f"{self.folder.name} {t}\n".encode())   # a limit for files is one for this too
             self.now = t
             return step(t)
         return run(self, counted, *args, save_seconds=0, **kwargs)
