@@ -121,7 +121,7 @@ def kind_of(label):
     path = re.sub(r"(part-N|checkpoint-N|end)/\.?(?!loop.json.N|model.safe|config)[a-z]+[\w.-]+", r"\1/*", path).replace("/val/", "/train/")
     folder, _, rest = path.partition("/")
     if rest == ".config.json.N": return f"{event} {rest}"
-    if not re.search("metrics|end", rest) and (event, rest) != ("os.rename", "checkpoint-N"): folder = {"vgg": "tokenizer", "evaluator": "tokenizer", "warmup": "tokenizer", "decoder": "tokenizer"}.get(folder, folder)
+    if not re.search("metrics|end", rest) and (event, rest) != ("os.rename", "checkpoint-N"): folder = folder if folder in ("image_codes", "codes", "generation", "reports") else "*"
     return f"{event} {folder}/{rest}"
 
 

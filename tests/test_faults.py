@@ -14,8 +14,8 @@ from faults import FAULTS, FULL, STUDY, Forked, command, finished, kept, results
 from PIL import Image
 
 AR, ALL = ["train", *STUDY, "--until", "ar"], ["train", *STUDY]
-PLACES = [".config.json", "open vgg/log", "rename evaluator/.part-N/", "warmup/model", "tokenizer/.log.jsonl", "rename tokenizer/.metrics", "image_codes/train/codes.npy", "image_codes/val/labels.npy",
-          "decoder/model/.part", "rename ar/.part-N$", "ar/.metrics", "rename codes/.part", "statistics", "reports"]
+PLACES = [".config.json", "open vgg/log", "warmup/model", "tokenizer/.log.jsonl", "rename tokenizer/.metrics", "image_codes/train/codes.npy",
+          "decoder/model/.part", "rename ar/.part-N$", "rename codes/.part", "statistics", "reports"]
 
 
 def fault(name): FAULTS[name] += 1

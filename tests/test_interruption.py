@@ -33,7 +33,7 @@ def test_killed_everywhere(forked, home, whole):
         assert status == -signal.SIGKILL, output
         FAULTS["SIGKILL before a change of a file"] += 1
         before, done, killed_at = now, steps, (home.parent / "home-kinds").read_text().splitlines()
-    assert len(killed_at) > 40 and not lost, lost
+    assert len(killed_at) > 30 and not lost, lost
     assert results(home) == results(whole)
 
 
@@ -72,7 +72,7 @@ def test_killed_at_any_moment(forked, copied, longer):
 def test_told_to_stop_in_every_run(forked, home, whole, how):
     "SIGTERM and Ctrl-C by turns: status 0, a sentence, the newest two checkpoints and the best. The same command goes on and ends with the same files."
     what = ["train", *STUDY] if how == "train" else ["reproduce", *STUDY]
-    stages = STAGES if how == "train" else [STAGES[i] for i in (1, 0, 2, 3, 5, 4, 6, 7)]   # a row is recorded by other calls
+    stages = STAGES if how == "train" else [STAGES[i] for i in (0, 3, 4, 7)]              # two signals, and codes of both kinds
     for stage, number in zip(stages, [signal.SIGTERM, signal.SIGINT] * 4):
         before = finished(home)
         status, output = forked(command, what, [[stage, number.name]]).wait()
