@@ -436,7 +436,9 @@ WORKERS = 16  # at most; more than one accelerator can use
 class _Ahead:
     "The batches as a reader's processes send them: bytes, a quarter of what the numbers would be."
     def __init__(self, batches): self.batches = batches
-    def __getitem__(self, step): return self.batches.pixels(step)
+    def __getitem__(self, step):
+        try: return self.batches.pixels(step)
+        except ValueError as error: return error                   # raised where it is received, without the traceback of a worker
 
 class Batches:
     """Step -> (float images (batch, 3, H, W) in [-1, 1], int64 labels (batch,)), a pure function of `seed` and the step.
@@ -489,10 +491,12 @@ class Batches:
         for last in (False, True):
             if step != self.next: self._read_from(step)
             self.next = None                                       # so that after an error it begins anew
-            try: pixels, labels = next(self.ahead); break
+            try: found = next(self.ahead); break
             except (RuntimeError, OSError, EOFError) as error:     # a worker was ended from outside: by a signal to all processes, or for want of memory
                 if last: raise
                 print(f"a process that reads images has ended ({type(error).__name__}); step {step} is read anew", flush=True)
+        if isinstance(found, ValueError): raise found
+        pixels, labels = found
         self.next = step + 1
         images = torch.empty(pixels.shape, pin_memory=torch.cuda.is_available())       # from pinned memory the way to the GPU is short
         return images.copy_(pixels).div_(127.5).sub_(1), labels
