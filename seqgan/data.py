@@ -225,7 +225,10 @@ def _layout(folder, paths):
     if (folder / TINY_IMAGENET[1]).exists(): return _tiny_imagenet(folder, paths)
     tops = {p.split("/")[0] for p in paths if "/" in p}
     held = [name for name in ("val", "valid", "validation", "test") if name in tops]
-    if "train" in tops and held and len(tops) == 1 + len(held): return _by_class(paths, "train/"), _by_class(paths, held[0] + "/"), {}
+    if "train" in tops and held:
+        more = tops - {"train", *held}
+        if more: warnings.warn(f"{folder.name}: images outside train/ and {held[0]}/ are left out: {', '.join(sorted(more)[:3])}")
+        return _by_class(paths, "train/"), _by_class(paths, held[0] + "/"), {}
     if numbers := _numbers(paths): return {p: "" for p in paths if numbers[p] < FFHQ[0]}, {p: "" for p in paths if numbers[p] >= FFHQ[0]}, {}
     every = _by_class(paths, "train/" if tops == {"train"} else "")
     val = dict(zip(every, _held_out(map(os.fsencode, every))))
@@ -313,7 +316,7 @@ def _memory():
     except OSError: return float("inf")
 
 def _check_room(data, count):
-    need, free = count * 3 * data.size ** 2, _memory()
+    need, free = count * 3 * data.size ** 2, _memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process of this machine holds its own
     require(need < 0.9 * free, "data", data.name, f"{count:,} images of {data.size}x{data.size} take {need / 1e9:.1f} GB as bytes and "
             f"{free / 1e9:.1f} GB of memory is free; take fewer images or a smaller data.size")
 
