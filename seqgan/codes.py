@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK', 'batched', 'Codes', 'extract_codes', 'read_codes', 'encode_folder']
 
-# %% ../nbs/15_codes.ipynb #ee39e294
+# %% ../nbs/15_codes.ipynb #c5f04569
 import json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .config import Data, device, is_main, progress, require, say
 from .data import load, resolve, to_float
 from .training import STOP, Stopped, alone, anyone, processes, write_json
 
-# %% ../nbs/15_codes.ipynb #6b5d3938
+# %% ../nbs/15_codes.ipynb #ebff7345
 def batched(function, images):
     """`function` over uint8 images (N, 3, H, W), 64 at a time on the device, the results concatenated on the CPU. No gradient.
 
@@ -27,7 +27,7 @@ def batched(function, images):
         parts = [function(to_float(images[i:i + 64]).to(device())) for i in progress(range(0, len(images), 64), desc="batches")]
     return torch.cat([p.cpu() for p in parts])
 
-# %% ../nbs/15_codes.ipynb #863e2672
+# %% ../nbs/15_codes.ipynb #2a1d8610
 CHUNK = 1024  # images from one mark of progress to the next
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ def read_codes(folder, tokenizer=""):
     codes, labels = np.load(folder / "codes.npy", "c"), np.load(folder / "labels.npy")
     return Codes(torch.from_numpy(codes.reshape(-1, *codes.shape[2:])), torch.from_numpy(labels).repeat(len(codes)), stamp["tokenizer"], stamp["K"])
 
-# %% ../nbs/15_codes.ipynb #aa547cc2
+# %% ../nbs/15_codes.ipynb #43196385
 def encode_folder(tokenizer, images, folder, size=None, flip=False):
     """`Codes` of all images in the folder `images`, sorted by path, written to `folder` beside names.txt with their paths; labels are numbers of class folders.
 
