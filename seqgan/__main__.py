@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['settings', 'train', 'stop_on_signals', 'main']
 
-# %% ../nbs/20_command.ipynb #4d058e05
+# %% ../nbs/20_command.ipynb #c773e279
 import argparse, json, os, signal, sys
 
 from .config import PRESETS, home, is_main, preset, require, say
@@ -14,7 +14,7 @@ from .report import TABLES, transformers
 from .reproduce import listing, reproduce, whole_study
 from .training import STOP, Stopped, anyone, full_disk, processes
 
-# %% ../nbs/20_command.ipynb #90dd2378
+# %% ../nbs/20_command.ipynb #a224530b
 def settings(pairs):
     "`--set` on the command line: ['a.b=0.4', ...] -> {'a.b': 0.4}; a value is JSON, else a text. Raises ValueError for a pair without '='."
     found = {}
@@ -22,7 +22,7 @@ def settings(pairs):
         name, sign, value = pair.partition("=")
         require(sign, "--set", pair, "NAME=VALUE, as in perceptual.alpha=0.4")
         try: found[name] = json.loads(value)
-        except json.JSONDecodeError: found[name] = value
+        except (json.JSONDecodeError, RecursionError): found[name] = value
     return found
 
 def train(config, until=""):
@@ -38,7 +38,7 @@ def train(config, until=""):
     if not until: say(f"recorded in {record(study)['file']}")
     return True
 
-# %% ../nbs/20_command.ipynb #e5f37efe
+# %% ../nbs/20_command.ipynb #b360221d
 def _parser():
     parser = argparse.ArgumentParser(prog="seqgan", description="SeQ-GAN from the command line.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -61,11 +61,11 @@ def _parser():
     return parser
 
 def stop_on_signals():
-    "Let the first SIGTERM or Ctrl-C set `STOP`, and a second one end the process at once."
+    "Let SIGTERM and Ctrl-C set `STOP`, and a second Ctrl-C end the process at once. (Schedulers and torchrun both send SIGTERM, so it may come twice.)"
     def stop(number, frame):
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT: signal.signal(number, signal.SIG_DFL)
+        if is_main() and not STOP.is_set(): os.write(1, b"\nstopping after this step; Ctrl-C once more, and it stops at once\n")  # print is not for signal handlers: it may be at work already
         STOP.set()
-        if is_main(): os.write(1, b"\nstopping after this step; once more, and it stops at once\n")  # print is not for signal handlers: it may be at work already
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, stop)
 
 def main(argv=None):

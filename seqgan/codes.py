@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK', 'batched', 'Codes', 'extract_codes', 'read_codes', 'encode_folder']
 
-# %% ../nbs/15_codes.ipynb #3444794a
+# %% ../nbs/15_codes.ipynb #c5f04569
 import json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ import torch
 
 from .config import Data, device, is_main, progress, require, say
 from .data import load, resolve, to_float
-from .training import STOP, Stopped, agreed, anyone, processes, write_json
+from .training import STOP, Stopped, alone, anyone, processes, write_json
 
-# %% ../nbs/15_codes.ipynb #12ad81ab
-def batched(function, images, batch=64):
-    """`function` over uint8 images (N, 3, H, W), a batch at a time on the device, the results concatenated on the CPU. No gradient.
+# %% ../nbs/15_codes.ipynb #ebff7345
+def batched(function, images):
+    """`function` over uint8 images (N, 3, H, W), 64 at a time on the device, the results concatenated on the CPU. No gradient.
 
-    Small batches are two to three times faster on a CPU: what a layer writes is still in the cache when the next one reads it."""
+    Such small batches are two to three times faster on a CPU: what a layer writes is still in the cache when the next one reads it."""
     with torch.no_grad():
-        parts = [function(to_float(images[i:i + batch]).to(device())) for i in progress(range(0, len(images), batch), desc="batches")]
+        parts = [function(to_float(images[i:i + 64]).to(device())) for i in progress(range(0, len(images), 64), desc="batches")]
     return torch.cat([p.cpu() for p in parts])
 
-# %% ../nbs/15_codes.ipynb #f2394585
+# %% ../nbs/15_codes.ipynb #2a1d8610
 CHUNK = 1024  # images from one mark of progress to the next
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +42,22 @@ class Codes:
 
     def __len__(self): return len(self.codes)
 
+def _stamp(folder):
+    "codes.json of a folder whose files are all there, as large as it says. Raises ValueError if they are not."
+    try:
+        stamp = json.loads((folder / "codes.json").read_text())
+        F, N, h, w = stamp["shape"]
+        mapped = np.load(folder / "codes.npy", "r", allow_pickle=False)
+        sound = (mapped.shape, mapped.dtype) == ((F, N, h, w), stamp["dtype"]) and (folder / "done.bin").stat().st_size == -(-N // stamp["chunk"])
+        require(sound and np.load(folder / "labels.npy", allow_pickle=False).shape == (N,), "codes", stamp["shape"], "the shape of what is in the files")
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise ValueError(f"The codes in {folder} are damaged ({error}). Delete the folder and extract them again.") from error
+    return stamp
+
 def _begin(folder, stamp, labels):
     "Make the files of a folder, or see that those there are were begun with the same images and tokenizer."
     if (folder / "codes.json").exists():
-        old = json.loads((folder / "codes.json").read_text())
+        old = _stamp(folder)
         different = [name for name in stamp if old.get(name) != stamp[name]]
         return require(not different, "codes", str(folder), f"a new folder: this one holds codes of another {', '.join(different)}")
     size = np.prod(stamp["shape"]) * np.dtype(stamp["dtype"]).itemsize
@@ -75,22 +87,26 @@ def extract_codes(tokenizer, images, labels, folder, source="", flip=False):
     with codes of other images or another tokenizer, or a disk that is too small, `seqgan.training.Stopped` when told to stop."""
     folder, K, side = Path(folder), len(tokenizer.quantizer.codebook), [length // tokenizer.stride for length in images.shape[2:]]
     kind, (rank, count) = np.dtype(np.int16 if K <= 2 ** 15 else np.int32), processes()
-    stamp = dict(tokenizer=tokenizer.codes_digest(), K=K, shape=[1 + flip, len(images), *side], dtype=kind.name, source=source)
-    if is_main(): _begin(folder, stamp, labels)
-    agreed(None)                                                                  # the others wait until the files are there
-    todo = [i for i, done in enumerate((folder / "done.bin").read_bytes()) if not done][rank::count]
-    agreed(None)                                                                  # and nobody marks anything before all have read
-    parts, offset, row = [slice(i * CHUNK, min((i + 1) * CHUNK, len(images))) for i in todo], np.load(folder / "codes.npy", "r").offset, side[0] * side[1] * kind.itemsize
+    stamp = dict(tokenizer=tokenizer.codes_digest(), K=K, shape=[1 + flip, len(images), *side], dtype=kind.name, chunk=CHUNK, source=source)
+    def missing():
+        _begin(folder, stamp, labels)
+        return [i for i, done in enumerate((folder / "done.bin").read_bytes()) if not done]
+    every = alone(missing)                                                        # one reads, all share one list
+    mine, rounds, offset, row = every[rank::count], -(-len(every) // count), np.load(folder / "codes.npy", "r").offset, side[0] * side[1] * kind.itemsize
+    parts = [slice(i * CHUNK, min((i + 1) * CHUNK, len(images))) for i in mine]
     with open(folder / "codes.npy", "r+b") as file, open(folder / "done.bin", "r+b") as done:
-        for i, part, pixels in zip(todo, parts, progress(_decoded(images, parts), total=len(parts), desc=f"codes, {CHUNK} images each")):
+        def store(i, part, pixels):
             for mirrored in range(1 + flip):
                 codes = torch.cat([tokenizer.encode((x.flip(-1) if mirrored else x)).cpu() for x in (to_float(p).to(device()) for p in pixels.split(64))])
                 values = memoryview(codes.numpy().astype(kind).tobytes())
                 require(os.pwrite(file.fileno(), values, offset + (mirrored * len(images) + part.start) * row) == len(values), "codes", str(folder), "on a disk with room")
             os.fsync(file.fileno())
-            os.pwrite(done.fileno(), b"\1", i)                                     # after the codes are on the disk
-            if STOP.is_set(): break
-    if anyone(STOP.is_set()): raise Stopped(f"{folder} stopped; the same command goes on from there")
+            os.pwrite(done.fileno(), b"\1", i)                                    # after the codes are on the disk
+
+        decoded = _decoded(images, parts)
+        for n in progress(range(rounds), desc=f"codes, {count * CHUNK} images each"):
+            if n < len(mine): store(mine[n], parts[n], next(decoded))
+            if anyone(STOP.is_set()): raise Stopped(f"{folder} stopped; the same command goes on from there")
     return read_codes(folder, tokenizer.codes_digest())
 
 def read_codes(folder, tokenizer=""):
@@ -99,21 +115,21 @@ def read_codes(folder, tokenizer=""):
     Raises FileNotFoundError if there are none."""
     folder = Path(folder)
     if not (folder / "codes.json").exists(): raise FileNotFoundError(f"There are no codes in {folder}: it has no codes.json. Make them with seqgan.codes.extract_codes.")
-    stamp, done = json.loads((folder / "codes.json").read_text()), (folder / "done.bin").read_bytes()
+    stamp, done = _stamp(folder), (folder / "done.bin").read_bytes()
     require(all(done), "codes", str(folder), f"complete; {done.count(0)} of its {len(done)} parts are missing, and the same command computes them")
     require(tokenizer in ("", stamp["tokenizer"]), "codes", str(folder), f"codes of the tokenizer {tokenizer[:12]}; they were made by {stamp['tokenizer'][:12]}, and mean nothing to another")
-    try: codes, labels = np.load(folder / "codes.npy", "c", allow_pickle=False), np.load(folder / "labels.npy", allow_pickle=False)
-    except (OSError, ValueError) as error: raise ValueError(f"The codes in {folder} are damaged ({error}). Delete the folder and extract them again.") from error
+    codes, labels = np.load(folder / "codes.npy", "c"), np.load(folder / "labels.npy")
     return Codes(torch.from_numpy(codes.reshape(-1, *codes.shape[2:])), torch.from_numpy(labels).repeat(len(codes)), stamp["tokenizer"], stamp["K"])
 
-# %% ../nbs/15_codes.ipynb #1e12f98c
+# %% ../nbs/15_codes.ipynb #43196385
 def encode_folder(tokenizer, images, folder, size=None, flip=False):
     """`Codes` of all images in the folder `images`, sorted by path, written to `folder` beside names.txt with their paths; labels are numbers of class folders.
 
-    `size` is the side in pixels that the centre square of each image is resized to, the one that the tokenizer was trained at unless given."""
+    `size` is the side in pixels that the centre square of each image is resized to, the one that the tokenizer was trained at unless given. A broken image
+    is left out, or, of more than `seqgan.data.HELD` bytes of images, has the codes of the one that stands in for it; a line says which."""
     require(size or tokenizer.size, "size", size, "given: this tokenizer does not say which images it was trained on")
     data = resolve(Data(name=str(images), size=size or tokenizer.size))
     every = load(data, "all")
     codes = extract_codes(tokenizer, every.images, every.labels, folder, f"{data.fingerprint} {data.size}", flip)
-    if is_main(): (Path(folder) / "names.txt").write_bytes(b"".join(name + b"\n" for name in every.names))
+    if is_main(): (Path(folder) / "names.txt").write_bytes(b"".join(name.replace(b"\n", b"?") + b"\n" for name in every.names))
     return codes

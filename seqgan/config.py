@@ -32,6 +32,11 @@ def later(value, why):
     "A chosen field that came when results had been recorded: at this value it is left out of names (`digest`), so that they stay what they were."
     return field(default=value, metadata=dict(source=f"chosen: {why}", neutral=value))
 
+def _schedule(name, config):
+    "Require what makes a training possible of its settings."
+    require(config.steps >= 1 and config.batch >= 1, f"{name}.steps, {name}.batch", (config.steps, config.batch), "both at least 1")
+    require(config.lr >= 0 and getattr(config, "lr_end", 0) >= 0, f"{name}.lr", config.lr, "not negative, at the end too")
+
 def require(condition, name, value, allowed):
     "Stop with a sentence that names a setting, its value and what is allowed."
     if not condition: raise ValueError(f"{name} = {value!r} is not possible: {allowed}.")
@@ -91,6 +96,8 @@ class Classifier:
     weight_decay: float = chosen(5e-4, "a common value for small residual networks")
     smoothing: float = chosen(0.1, "label smoothing")
 
+    def __post_init__(self): _schedule("classifier", self)
+
 # %% ../nbs/00_config.ipynb #73e41da0
 @dataclass(frozen=True)
 class Autoencoder:
@@ -106,6 +113,7 @@ class Autoencoder:
     extra_blocks: int = paper(0, "Table 1, residual blocks added at each decoder level: 2 in '+Conv×2'")
 
     def __post_init__(self):
+        require(min(self.channels, self.code_dim, self.attention_heads) >= 1, "autoencoder.channels, code_dim, attention_heads", (self.channels, self.code_dim, self.attention_heads), "all at least 1")
         require(len(self.multipliers) >= 1 and min(self.multipliers) >= 1, "autoencoder.multipliers", self.multipliers, "one positive integer a resolution")
         require(self.attention >= 0 and self.extra_blocks >= 0, "autoencoder.attention, autoencoder.extra_blocks", (self.attention, self.extra_blocks), "neither negative")
         require(self.attention_block >= 1, "autoencoder.attention_block", self.attention_block, "at least 1")
@@ -180,7 +188,9 @@ class TokenizerTraining:
     start: str = field(default="", compare=False, metadata=dict(source="chosen: folder of a tokenizer and its discriminator that phase one starts from; empty to start anew", neutral=""))
     start_weights: str = later("", "hash of the weights in that folder, which is what tells experiments apart, filled in by `seqgan.experiment.resolved`")
 
-    def __post_init__(self): require(0 <= self.average < 1, "tokenizer_training.average", self.average, "in [0, 1)")
+    def __post_init__(self):
+        _schedule("tokenizer_training", self)
+        require(0 <= self.average < 1, "tokenizer_training.average", self.average, "in [0, 1)")
 
 # %% ../nbs/00_config.ipynb #d7b25da3
 @dataclass(frozen=True)
@@ -195,6 +205,7 @@ class SecondPhase:
     attention: int = paper(1, "Table 7: B&D attention pairs a level of the decoder; the control of the ablation has none")
 
     def __post_init__(self):
+        _schedule("second_phase", self)
         require(0 <= self.alpha <= 1, "second_phase.alpha", self.alpha, "the semantic ratio of Equation 3 lies in [0, 1]")
 
 @dataclass(frozen=True)
@@ -209,6 +220,8 @@ class Transformer:
     causal: bool = paper(True, "Table 8 and section 6.1: the autoregressive transformer, AR; False is the masked one, NAR")
 
     def __post_init__(self):
+        sizes = (self.blocks, self.heads, self.dim, self.hidden)
+        require(min(sizes) >= 1, "transformer.blocks, heads, dim, hidden", sizes, "all at least 1")
         require(self.dim % self.heads == 0, "transformer.heads", self.heads, f"a divisor of dim = {self.dim}")
 
 @dataclass(frozen=True)
@@ -226,6 +239,7 @@ class TransformerTraining:
     flip: bool = chosen(True, "train on the codes of the images and of their mirror images")
 
     def __post_init__(self):
+        _schedule("transformer_training", self)
         require(self.decay in ("exponential", "linear"), "transformer_training.decay", self.decay, "'exponential' or 'linear'")
 
 @dataclass(frozen=True)
@@ -258,10 +272,13 @@ class Evaluation:
     samples: int = chosen(50_000, "generated images, balanced over the classes; the common convention")
     reference: int = chosen(50_000, "at most so many training images as the reference of generation FID, balanced over the classes")
 
+    def __post_init__(self): require(self.samples >= 10 and self.reference >= 2, "evaluation.samples, evaluation.reference", (self.samples, self.reference), "at least 10, which the Inception score splits, and 2")
+
 # %% ../nbs/00_config.ipynb #e5a85f49
 @dataclass(frozen=True)
 class Memory:
-    "What the tokenizer's and the transformers' trainings hold at once. The result is the same but for rounding, and for the draws of dropout."
+    """What the tokenizer's and the transformers' trainings hold at once. The result is the same but for rounding, and for the draws of dropout,
+    as long as a part of one process has four images or a multiple: the discriminator compares images in groups of four."""
     parts: int = chosen(1, "parts in which a batch passes through the networks, one after the other; the gradient is that of the whole batch")
     checkpoint: bool = chosen(False, "keep only the inputs of the blocks and compute them a second time in the backward pass")
 
@@ -296,6 +313,7 @@ class Experiment:
         require(0 <= self.perceptual.warmup < self.tokenizer_training.steps, "perceptual.warmup", self.perceptual.warmup, f"from 0 to less than tokenizer_training.steps = {self.tokenizer_training.steps}")
         for name, batch in (("tokenizer_training", self.tokenizer_training.batch), ("second_phase", self.second_phase.batch), ("transformer_training", self.transformer_training.batch)):
             require(batch % self.memory.parts == 0, "memory.parts", self.memory.parts, f"a divisor of {name}.batch = {batch}")
+        require(self.data.size.bit_count() == 1, "data.size", self.data.size, "8, 16, 32, ...: the discriminator halves it down to 4")
         require(self.data.size % self.autoencoder.stride == 0, "data.size", self.data.size, f"a multiple of the compression ratio {self.autoencoder.stride}")
         block, sides = self.autoencoder.attention_block, [self.grid << level for level in range(len(self.autoencoder.multipliers))]
         require(not self.autoencoder.attention or all(side <= block or side % block == 0 for side in sides), "autoencoder.attention_block", block, f"for the grids of the decoder, of side {sides}, each a multiple of it or smaller")
@@ -314,7 +332,7 @@ def _typed(name, value, kind, default):
         inner = type(default[0]) if default else str
         return tuple(_typed(name, v, inner, None) for v in value)
     fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-    require(fits and (kind not in (int, float) or math.isfinite(value)), name, value, {bool: "True or False", int: "an integer", float: "a finite number", str: "a text"}[kind])
+    require(fits and (kind not in (int, float) or abs(value) < 1e300), name, value, {bool: "True or False", int: "an integer", float: "a finite number", str: "a text"}[kind])
     return kind(value)
 
 def update(config, changes):
@@ -331,7 +349,7 @@ def update(config, changes):
         else: new[head] = _typed(name, value, known[head].type, known[head].default)
     return replace(config, **new, **{head: update(getattr(config, head), part) for head, part in groups.items()})
 
-# %% ../nbs/00_config.ipynb #23e05213
+# %% ../nbs/00_config.ipynb #3562d951
 def from_dict(kind, values):
     """The dataclass `kind` with the settings of `values`, a dict as `dataclasses.asdict` makes it and JSON keeps it.
 

@@ -225,7 +225,10 @@ def _layout(folder, paths):
     if (folder / TINY_IMAGENET[1]).exists(): return _tiny_imagenet(folder, paths)
     tops = {p.split("/")[0] for p in paths if "/" in p}
     held = [name for name in ("val", "valid", "validation", "test") if name in tops]
-    if "train" in tops and held and len(tops) == 1 + len(held): return _by_class(paths, "train/"), _by_class(paths, held[0] + "/"), {}
+    if "train" in tops and held:
+        more = tops - {"train", *held}
+        if more: warnings.warn(f"{folder.name}: images outside train/ and {held[0]}/ are left out: {', '.join(sorted(more)[:3])}")
+        return _by_class(paths, "train/"), _by_class(paths, held[0] + "/"), {}
     if numbers := _numbers(paths): return {p: "" for p in paths if numbers[p] < FFHQ[0]}, {p: "" for p in paths if numbers[p] >= FFHQ[0]}, {}
     every = _by_class(paths, "train/" if tops == {"train"} else "")
     val = dict(zip(every, _held_out(map(os.fsencode, every))))
@@ -313,7 +316,7 @@ def _memory():
     except OSError: return float("inf")
 
 def _check_room(data, count):
-    need, free = count * 3 * data.size ** 2, _memory()
+    need, free = count * 3 * data.size ** 2, _memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process of this machine holds its own
     require(need < 0.9 * free, "data", data.name, f"{count:,} images of {data.size}x{data.size} take {need / 1e9:.1f} GB as bytes and "
             f"{free / 1e9:.1f} GB of memory is free; take fewer images or a smaller data.size")
 
@@ -436,7 +439,9 @@ WORKERS = 16  # at most; more than one accelerator can use
 class _Ahead:
     "The batches as a reader's processes send them: bytes, a quarter of what the numbers would be."
     def __init__(self, batches): self.batches = batches
-    def __getitem__(self, step): return self.batches.pixels(step)
+    def __getitem__(self, step):
+        try: return self.batches.pixels(step)
+        except ValueError as error: return error                   # raised where it is received, without the traceback of a worker
 
 class Batches:
     """Step -> (float images (batch, 3, H, W) in [-1, 1], int64 labels (batch,)), a pure function of `seed` and the step.
@@ -489,10 +494,12 @@ class Batches:
         for last in (False, True):
             if step != self.next: self._read_from(step)
             self.next = None                                       # so that after an error it begins anew
-            try: pixels, labels = next(self.ahead); break
+            try: found = next(self.ahead); break
             except (RuntimeError, OSError, EOFError) as error:     # a worker was ended from outside: by a signal to all processes, or for want of memory
                 if last: raise
                 print(f"a process that reads images has ended ({type(error).__name__}); step {step} is read anew", flush=True)
+        if isinstance(found, ValueError): raise found
+        pixels, labels = found
         self.next = step + 1
         images = torch.empty(pixels.shape, pin_memory=torch.cuda.is_available())       # from pinned memory the way to the GPU is short
         return images.copy_(pixels).div_(127.5).sub_(1), labels

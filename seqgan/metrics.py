@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['INCEPTION_SHA256', 'check_images', 'Images', 'extract', 'LocalExtractor', 'inception_weights', 'is_local',
-           'metric_name', 'extractor', 'calculate', 'content_digest', 'statistics_name', 'fid', 'inception_score',
-           'psnr', 'accuracy', 'reconstruction_metrics', 'generation_metrics', 'balanced_labels', 'balanced_subset',
-           'real_set', 'generated_set', 'protocol']
+           'metric_name', 'extractor', 'calculate', 'content_digest', 'fid', 'inception_score', 'psnr', 'accuracy',
+           'reconstruction_metrics', 'generation_metrics', 'balanced_labels', 'balanced_subset', 'real_set',
+           'generated_set', 'protocol']
 
 # %% ../nbs/13_metrics.ipynb #6a94f5eb
 import hashlib, os, warnings
@@ -106,13 +106,13 @@ def extractor(evaluator):
     inception_weights()
     return "inception-v3-compat", INCEPTION_SHA256
 
-def calculate(evaluator, batch_size=100, cache=False, **what):
+def calculate(evaluator, batch_size=100, **what):
     "torch-fidelity's `calculate_metrics(**what)` with an evaluator, on the device where that lives."
     local = is_local(evaluator)
     source = dict(network=evaluator) if local else dict(feature_extractor_weights_path=str(inception_weights()))
     cuda = (_device(evaluator) if local else device()).type == "cuda"
     return torch_fidelity.calculate_metrics(feature_extractor="seqgan-local" if local else "inception-v3-compat", **source, **what,
-                                            cuda=cuda, batch_size=batch_size, cache=cache, save_cpu_ram=True, verbose=False)
+                                            cuda=cuda, batch_size=batch_size, cache=False, save_cpu_ram=True, verbose=False)
 
 # %% ../nbs/13_metrics.ipynb #982df49b
 def content_digest(images):
@@ -121,22 +121,14 @@ def content_digest(images):
     for part in _parts(images): found.update(part.cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
 
-def statistics_name(reference, evaluator):
-    "The name of kept reference statistics: it changes with any pixel, any weight, the network's structure and torch-fidelity's version."
-    return "reference-" + digest(content_digest(reference), *extractor(evaluator), repr(evaluator), torch_fidelity.__version__)
-
-def fid(images, reference, evaluator, cache=None):
-    """Fréchet distance of two sets uint8 (N, 3, H, W). `cache`: a folder in which the reference's statistics are kept.
+def fid(images, reference, evaluator):
+    """Fréchet distance of two sets uint8 (N, 3, H, W).
 
     Raises ValueError for floats, another shape, two sizes, fewer than two images. Warns below 10,000 images, for Inception only."""
     check_images(images=images, reference=reference)
     sets, n = dict(fid=True, input1=Images(images), input2=Images(reference)), min(len(images), len(reference))
     if not is_local(evaluator) and n < 10_000: warnings.warn(f"FID of {n} images is biased upwards: compare it only with FID of as many.", stacklevel=2)
-    if cache is None: return calculate(evaluator, **sets)[torch_fidelity.KEY_METRIC_FID]
-    name = statistics_name(reference, evaluator)
-    found = calculate(evaluator, **sets, cache=True, cache_root=str(cache), input2_cache_name=name)
-    for file in Path(cache).glob(f"{name}-*-features-*.pt"): file.unlink(missing_ok=True)  # the statistics suffice; Inception's features are 400 MB
-    return found[torch_fidelity.KEY_METRIC_FID]
+    return calculate(evaluator, **sets)[torch_fidelity.KEY_METRIC_FID]
 
 # %% ../nbs/13_metrics.ipynb #76a84198
 def inception_score(images, evaluator):
@@ -167,13 +159,13 @@ def accuracy(images, labels, evaluator):
     return (guesses == labels.cpu()).float().mean().item()
 
 # %% ../nbs/13_metrics.ipynb #b47a8024
-def reconstruction_metrics(real, fake, evaluator, cache=None):
-    "{'rFID' or 'rFID-local', 'PSNR'} of reconstructions `fake` of `real`, both uint8 (N, 3, H, W). `cache` as in `fid`."
-    return {metric_name("rFID", evaluator): fid(fake, real, evaluator, cache), "PSNR": psnr(fake, real)}
+def reconstruction_metrics(real, fake, evaluator):
+    "{'rFID' or 'rFID-local', 'PSNR'} of reconstructions `fake` of `real`, both uint8 (N, 3, H, W)."
+    return {metric_name("rFID", evaluator): fid(fake, real, evaluator), "PSNR": psnr(fake, real)}
 
-def generation_metrics(fake, reference, evaluator, cache=None):
-    "{'FID' or 'FID-local', 'IS' or 'IS-local'} of generated images `fake` against `reference`, uint8 (N, 3, H, W). `cache` as in `fid`."
-    return {metric_name("FID", evaluator): fid(fake, reference, evaluator, cache), metric_name("IS", evaluator): inception_score(fake, evaluator)}
+def generation_metrics(fake, reference, evaluator):
+    "{'FID' or 'FID-local', 'IS' or 'IS-local'} of generated images `fake` against `reference`, uint8 (N, 3, H, W)."
+    return {metric_name("FID", evaluator): fid(fake, reference, evaluator), metric_name("IS", evaluator): inception_score(fake, evaluator)}
 
 # %% ../nbs/13_metrics.ipynb #55d813f9
 def balanced_labels(samples, classes):

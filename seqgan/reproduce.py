@@ -15,7 +15,7 @@ from .data import resolve
 from .experiment import Study, is_finished, is_recorded, plan, record, run_folder
 from .plot import save_figure
 from .report import TABLES, figure5, figure9, transformers, write_table
-from .training import STOP, Stopped, anyone
+from .training import STOP, Stopped, agreed, alone, anyone
 
 # %% ../nbs/19_reproduce.ipynb #90f39ca2
 NOTEBOOKS = {"figure6": ("ablation_alpha", "alpha"), "table1": ("ablation_decoder", "decoder"), "table5": ("ablation_codebook", "codebook"),
@@ -97,15 +97,14 @@ def reproduce(rows, minutes=None):
     """Compute the rows in order, write their records and tables, and stop cleanly after `minutes`. Returns whether all is done.
 
     A stopped row goes on where it stopped when the same is run again."""
-    STOP.clear()
     timer = threading.Timer(minutes * 60, STOP.set) if minutes else None
     if timer: timer.daemon = True; timer.start()
     try:
         for row in rows:
             for c in row.studies.values():
                 if anyone(STOP.is_set()): return False
-                if not is_recorded(c): record(Study(c))
-            write_table(row.table)
+                if not agreed(is_recorded(c)): record(Study(c))
+            alone(lambda: write_table(row.table))
             draw(row.table, [other for other in rows if (other.table, other.seed) == (row.table, row.seed)])
             say(f"{row.table}, {row.name}, seed {row.seed}: done")
         return True

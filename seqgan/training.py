@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL', 'STOP', 'cosine', 'exponential', 'linear', 'one_cycle', 'write_json', 'read_log', 'processes', 'across',
-           'anyone', 'interleaved', 'agreed', 'full_disk', 'save_tensors', 'file_digest', 'Stopped', 'Loop',
+           'anyone', 'interleaved', 'agreed', 'alone', 'full_disk', 'save_tensors', 'file_digest', 'Stopped', 'Loop',
            'keep_best']
 
 # %% ../nbs/14_training.ipynb #38a4faee
@@ -61,7 +61,7 @@ def read_log(folder):
         except json.JSONDecodeError: break
     return ticks
 
-# %% ../nbs/14_training.ipynb #bf4a8c55
+# %% ../nbs/14_training.ipynb #cfd7a9b3
 @cache
 def processes():
     "This process's index and how many there are: those that torchrun or accelerate launch started, connected when this is first asked; else (0, 1)."
@@ -88,7 +88,17 @@ def agreed(value):
     broadcast_object_list(values)
     return values[0]
 
-# %% ../nbs/14_training.ipynb #c7e9f01d
+def alone(function):
+    "What `function()` returns, computed by the first process and known to all; what it raises, all raise. It must not wait for the other processes itself."
+    result = error = None
+    if is_main():
+        try: result = function()
+        except Exception as found: error = found
+    result, error = agreed((result, error))
+    if error: raise error
+    return result
+
+# %% ../nbs/14_training.ipynb #ca0f15f2
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def full_disk(error):
@@ -127,9 +137,9 @@ class Loop:
     The prepared modules are `loop.models[NAME]`, one for all processes; gradients are clipped to norm `clip`. `averages` {NAME: window} asks for moving
     averages of the weights, `loop.averages[NAME].module`, over a window that is this fraction of the updates so far (Karras et al., 2024)."""
 
-    def __init__(self, folder, steps, seed, models, optimizers, schedules, clip=1.0, most_skips=10, averages={}):
+    def __init__(self, folder, steps, seed, models, optimizers, schedules, clip=1.0, averages={}):
         require(steps >= 1, "steps", steps, "at least one")
-        self.folder, self.steps, self.seed, self.clip, self.most_skips = Path(folder), steps, seed, clip, most_skips
+        self.folder, self.steps, self.seed, self.clip = Path(folder), steps, seed, clip
         self.schedules, self.skipped, self.skips_in_a_row, self.writer = schedules, 0, dict.fromkeys(models, 0), None
         self.sums, self.best, self.unwritten = {}, None, []      # of the tick so far; (value, step); log lines that a full disk did not take
         processes()
@@ -166,23 +176,23 @@ class Loop:
             if name in self.averages: self.averages[name].update_parameters(self.plain(name))
             return
         self.skipped += 1; self.skips_in_a_row[name] += 1
-        if self.skips_in_a_row[name] >= self.most_skips:
+        if self.skips_in_a_row[name] >= 10:
             raise FloatingPointError(f"{self.skips_in_a_row[name]} steps in a row had a gradient that is not finite (model {name!r}, loss {loss.item():g}) in "
                                      f"{self.folder.name}. The weights are those of the last good step. Lower the learning rate or the weight of the loss that diverges.")
 
-    def run(self, step, evaluate=None, ticks=50, evaluations=5, best=None, desc="training", save_seconds=60, until=None, start=None):
+    def run(self, step, evaluate=None, ticks=50, best=None, save_seconds=60, until=None, start=None):
         """Run `step(t) -> {name: scalar}` for t up to `steps`, from the newest checkpoint on.
 
-        Each of `ticks` ticks, and every 1000th step, appends the mean of every term to log.jsonl, and each of `evaluations` of them `evaluate()`'s numbers
+        Each of `ticks` ticks, and every 1000th step, appends the mean of every term to log.jsonl, and every fifth of the training `evaluate()`'s numbers
         too; the checkpoint whose number `best` is the lowest is kept. Runs with a common beginning share it: one ends at step `until`, the others have
         its checkpoint as their `start`."""
         first, last = self._resume(start), until or self.steps
-        every, judged = max(min(self.steps // ticks, 1000), 1), max(self.steps // evaluations, 1)
+        every, judged = max(min(self.steps // ticks, 1000), 1), max(self.steps // 5, 1)
         tick, at, saved, pause = time.monotonic(), first, time.monotonic(), save_seconds
         if os.environ.get("SEQGAN_TENSORBOARD") and is_main():  # an event file beside the log, when asked for; TensorBoard comes with the dev extra
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(self.folder)
-        bar = progress(total=self.steps, initial=first, desc=desc)
+        bar = progress(total=self.steps, initial=first, desc=self.folder.name)
         for t in range(first, last):
             torch.manual_seed(seed_of("step", self.seed, t, self.accelerator.process_index))
             for name, optimizer in self.optimizers.items():
@@ -191,7 +201,7 @@ class Loop:
                 total, count = self.sums.get(name, (0.0, 0))
                 self.sums[name] = total + torch.as_tensor(value).detach().float(), count + 1
             bar.update()
-            n, improved = t + 1, False
+            n, improved, before = t + 1, False, self.best
             judge = evaluate and (n % judged == 0 or n == self.steps)
             if judge or n % every == 0 or n == self.steps:
                 line = {name: total / self.sums[name][1] for name, total in self._totals().items()}
@@ -199,15 +209,15 @@ class Loop:
                 bar.set_postfix({name: f"{value:.3g}" for name, value in list(line.items())[:3]}, refresh=False)
                 seconds = (time.monotonic() - tick) / (n - at)
                 line = {"step": n} | line | (evaluate() if judge else {}) | {"skipped": self.skipped, "seconds_per_step": seconds}
-                improved = best in line and agreed(self.best is None or line[best] < self.best[0])
+                improved = best in line and agreed(math.isfinite(line[best]) and (self.best is None or line[best] < self.best[0]))
                 if improved: self.best = line[best], n
                 self._log(line)
                 tick, at = time.monotonic(), n
-            stop, due = self._asked(n, time.monotonic() - saved >= pause)
+            stop, due = self._asked(time.monotonic() - saved >= pause)
             stop = stop and n < last
             if stop or due or improved or n == last:
                 began = time.monotonic()
-                self._save(n, must=stop or n == last)
+                if not self._save(n, must=stop or n == last): self.best = before                    # there is no such checkpoint
                 saved = time.monotonic()
                 tick += saved - began                                                    # seconds_per_step is of steps
                 pause = max(save_seconds, 50 * (saved - began)) if save_seconds else 0   # at most a fiftieth of the time goes into saving
@@ -217,10 +227,9 @@ class Loop:
         bar.close()
         for name in self.models: self.models[name] = self.plain(name)
 
-    def _asked(self, n, due):
-        "Whether to stop after step n, and whether a checkpoint is due: the same answers in every process, which ask each other at every tenth step."
+    def _asked(self, due):
+        "Whether to stop, and whether a checkpoint is due: the same answers in every process."
         if processes()[1] == 1: return STOP.is_set(), due
-        if n % 10: return False, False
         return (across(torch.tensor([STOP.is_set(), due and is_main()], dtype=torch.float32, device=self.accelerator.device), "sum") > 0).tolist()
 
     def _totals(self):
@@ -260,9 +269,11 @@ class Loop:
                          for name, optimizer in self.optimizers.items()}
 
     def _save(self, t, must):
-        "Write checkpoint-<t> and remove those that are neither the newest two nor the best. On a full disk the older ones stay: a line, or, if it `must` be written, an error."
+        """Write checkpoint-<t> and remove those that are neither the newest two nor the best; whether it was written, as far as this process knows.
+
+        On a full disk the older ones stay: a line, or, if it `must` be written, an error."""
         totals = self._totals()
-        if not is_main(): return
+        if not is_main(): return True
         part, whole = self.folder / f".part-{t}", self.folder / f"checkpoint-{t}"
         try:
             if self.unwritten: self._write_log()
@@ -275,10 +286,12 @@ class Loop:
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)
             if not full_disk(error) or must: raise
-            return say(f"{self.folder.name}: {error}; the training goes on meanwhile, without a checkpoint of step {t}")
+            say(f"{self.folder.name}: {error}; the training goes on meanwhile, without a checkpoint of step {t}")
+            return False
         kept = [*self._checkpoints()[:2], self.folder / f"checkpoint-{self.best[1]}" if self.best else whole]
         for old in self._checkpoints():
             if old not in kept: shutil.rmtree(old)
+        return True
 
     def _checkpoints(self):
         "The checkpoints of this run, the newest first."
@@ -301,12 +314,12 @@ class Loop:
 
     def _resume(self, start):
         "Load the newest whole checkpoint, or `start`; drop log lines written after it. Returns the step to go on from."
-        newest = None
-        if is_main():
+        def look():
             for part in self.folder.glob(".part-*"): shutil.rmtree(part)
-            newest = next((str(c) for c in self._checkpoints() if self._whole(c)), start and str(start))
-            if newest is None: (self.folder / "log.jsonl").unlink(missing_ok=True)
-        newest = agreed(newest)
+            found = next((str(c) for c in self._checkpoints() if self._whole(c)), start and str(start))
+            if found is None: (self.folder / "log.jsonl").unlink(missing_ok=True)
+            return found
+        newest = alone(look)
         return 0 if newest is None else self._load(Path(newest))
 
     def _load(self, checkpoint):
@@ -337,6 +350,7 @@ class Loop:
 def keep_best(folder):
     "Remove the checkpoints of a finished training but the one whose number was the best, if it had one; that is best/ then."
     checkpoints = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: -int(p.name[11:]))
-    best = json.loads((checkpoints[0] / "loop.json").read_text())["best"] if checkpoints else None
+    try: best = json.loads((checkpoints[0] / "loop.json").read_text())["best"] if checkpoints else None
+    except (OSError, ValueError): best = None  # it was being removed when the process was killed; best/ is there then
     if best and (found := Path(folder) / f"checkpoint-{best[1]}").exists() and not (Path(folder) / "best").exists(): found.rename(Path(folder) / "best")
     for checkpoint in reversed(checkpoints): shutil.rmtree(checkpoint, ignore_errors=True)  # the newest last, as it knows the best
