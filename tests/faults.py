@@ -117,7 +117,7 @@ def before_changes(home, act):
 def kind_of(label):
     "Operations that are much the same have one name; empty for one that changes nothing that counts."
     event, path = label.split()
-    if event in ("os.mkdir", "os.rmdir") or path.endswith((".lock", "here")) or event in ("open", "os.remove") and re.search(r"/\.[^/]+(N|l)$", path) or path.startswith("statistics"): return ""
+    if event in ("os.mkdir", "os.rmdir") or path.endswith((".lock", "here")) or event in ("open", "os.remove") and re.search(r"/\.[^/]+(N|l)$", path): return ""
     path = re.sub(r"(part-N|checkpoint-N|end)/\.?(?!loop.json.N|model.safe|config)[a-z]+[\w.-]+", r"\1/*", path).replace("/val/", "/train/")
     folder, _, rest = path.partition("/")
     if rest == ".config.json.N": return f"{event} {rest}"

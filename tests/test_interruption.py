@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from faults import FAULTS, STUDY, Forked, command, finished, kept, results, run_of
 
-AR = ["train", *STUDY, "transformer_training.steps=30", "--until", "ar"]
+AR = ["train", *STUDY, "transformer_training.steps=104", "--until", "ar"]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 STAGES = ["open vgg/log", "rename evaluator/.part-N$", "open warmup/log", "rename tokenizer/.part-N/", "image_codes/train/.codes.json", "open decoder/log", "rename ar/.part-N$", "rename codes/.part"]
 
@@ -62,6 +62,7 @@ def test_killed_at_any_moment(forked, copied, longer):
         if process.poll() is not None: break
         process.signal(signal.SIGKILL)
         process.wait()
+        assert len([*home.glob("runs/ar-*/checkpoint-*"), *home.glob("runs/ar-*/.part-*")]) <= 4
         kills += 1
     status, output = forked(command, AR).wait()
     assert status == 0, output
