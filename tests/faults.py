@@ -212,8 +212,8 @@ def results(home, kinds=r"[a-z_]+"):
 
 
 def finished(home):
-    "When the files of the finished runs were written, {file: time}."
-    return {p: p.stat().st_mtime_ns for done in (home / "runs").glob("*/metrics.json") for p in done.parent.rglob("*") if p.is_file() and not re.search(r"/\.|/checkpoint-", str(p))}
+    "When the files of the finished runs were written, {file: time}; without the cards, which tell more when more is known."
+    return {p: p.stat().st_mtime_ns for done in (home / "runs").glob("*/metrics.json") for p in done.parent.rglob("*") if p.is_file() and not re.search(r"/\.|/checkpoint-|\.md$", str(p))}
 
 
 def kept(folder):
