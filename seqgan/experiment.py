@@ -29,7 +29,7 @@ from .plot import to_uint8
 from .pretrained import model_card
 from .recipes import check_shares, evaluate_tokenizer, train_classifier, train_decoder, train_tokenizer, train_transformer
 from .tokenizer import Tokenizer
-from .training import STOP, Stopped, agreed, alone, anyone, file_digest, full_disk, interleaved, keep_best, processes, read_log, save_tensors, write_json
+from .training import STOP, Stopped, agreed, alone, anyone, file_digest, full_disk, interleaved, keep_best, processes, read_log, save_tensors, write_json, write_text
 from .transformer import Transformer, for_drawing
 
 # %% ../nbs/17_experiment.ipynb #15250289
@@ -256,7 +256,7 @@ class Study:
         c, kind = self.config, {"ar": "autoregressive transformer", "nar": "masked transformer"}.get(folder.name.split("-")[0], "tokenizer")
         numbers, parts = {k: v for k, v in metrics.items() if k != "protocol"}, ("autoencoder", "quantizer", "perceptual") if kind == "tokenizer" else ("transformer", "transformer_training")
         if is_main():
-            (folder / "model" / "README.md").write_text(model_card(
+            write_text(folder / "model" / "README.md", model_card(
                 kind, data=dict(name=dataset_name(c.data), fingerprint=c.data.fingerprint, size=c.data.size, training=len(self.train), validation=len(self.val)), preset=c.preset,
                 settings={name: asdict(getattr(c, name)) for name in parts}, metrics=numbers, protocol=metrics.get("protocol"),
                 made=hardware() | versions() | {"revision": revision(), "seed": c.seed}))
