@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['settings', 'train', 'stop_on_signals', 'main']
 
-# %% ../nbs/20_command.ipynb #aa592948
-import argparse, json, signal, sys
+# %% ../nbs/20_command.ipynb #4d058e05
+import argparse, json, os, signal, sys
 
-from .config import PRESETS, is_main, preset, require, say
+from .config import PRESETS, home, is_main, preset, require, say
 from .experiment import Busy, Study, is_finished, plan, record, resolved, run_folder
 from .report import TABLES, transformers
 from .reproduce import listing, reproduce, whole_study
-from .training import STOP, Stopped, anyone, processes
+from .training import STOP, Stopped, anyone, full_disk, processes
 
-# %% ../nbs/20_command.ipynb #513d245b
+# %% ../nbs/20_command.ipynb #90dd2378
 def settings(pairs):
     "`--set` on the command line: ['a.b=0.4', ...] -> {'a.b': 0.4}; a value is JSON, else a text. Raises ValueError for a pair without '='."
     found = {}
@@ -38,7 +38,7 @@ def train(config, until=""):
     if not until: say(f"recorded in {record(study)['file']}")
     return True
 
-# %% ../nbs/20_command.ipynb #4a540a97
+# %% ../nbs/20_command.ipynb #e5f37efe
 def _parser():
     parser = argparse.ArgumentParser(prog="seqgan", description="SeQ-GAN from the command line.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -65,7 +65,7 @@ def stop_on_signals():
     def stop(number, frame):
         signal.signal(number, signal.SIG_DFL)
         STOP.set()
-        say("stopping after this step; once more, and it stops at once")
+        if is_main(): os.write(1, b"\nstopping after this step; once more, and it stops at once\n")  # print is not for signal handlers: it may be at work already
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, stop)
 
 def main(argv=None):
@@ -91,6 +91,7 @@ def main(argv=None):
         elif not reproduce(rows, a.minutes): say(listing(rows).splitlines()[-1])
     except Stopped as stopped: say(stopped)
     except (ValueError, OSError, FloatingPointError, Busy) as error:
+        if full_disk(error) and "There is no room" not in str(error): error = f"There is no room in {home()} ({error}). Free some and run the same command again, it goes on from there."
         print(f"seqgan{'' if is_main() else f', process {processes()[0]}'}: {error}", file=sys.stderr, flush=True)
         return 1
     return 0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK', 'batched', 'Codes', 'extract_codes', 'read_codes', 'encode_folder']
 
-# %% ../nbs/15_codes.ipynb #8d5e12ff
+# %% ../nbs/15_codes.ipynb #4a63eb65
 import json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .config import Data, device, is_main, progress, require, say
 from .data import load, resolve, to_float
 from .training import STOP, Stopped, agreed, anyone, processes, write_json
 
-# %% ../nbs/15_codes.ipynb #802b9bd2
+# %% ../nbs/15_codes.ipynb #5e45d318
 def batched(function, images, batch=64):
     """`function` over uint8 images (N, 3, H, W), a batch at a time on the device, the results concatenated on the CPU. No gradient.
 
@@ -27,7 +27,7 @@ def batched(function, images, batch=64):
         parts = [function(to_float(images[i:i + batch]).to(device())) for i in progress(range(0, len(images), batch), desc="batches")]
     return torch.cat([p.cpu() for p in parts])
 
-# %% ../nbs/15_codes.ipynb #5419cd57
+# %% ../nbs/15_codes.ipynb #1987038f
 CHUNK = 1024  # images from one mark of progress to the next
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ def read_codes(folder, tokenizer=""):
     except (OSError, ValueError) as error: raise ValueError(f"The codes in {folder} are damaged ({error}). Delete the folder and extract them again.") from error
     return Codes(torch.from_numpy(codes.reshape(-1, *codes.shape[2:])), torch.from_numpy(labels).repeat(len(codes)), stamp["tokenizer"], stamp["K"])
 
-# %% ../nbs/15_codes.ipynb #551ac98a
+# %% ../nbs/15_codes.ipynb #589a45d1
 def encode_folder(tokenizer, images, folder, size=None, flip=False):
     """`Codes` of all images in the folder `images`, sorted by path, written to `folder` beside names.txt with their paths; labels are numbers of class folders.
 
@@ -115,5 +115,5 @@ def encode_folder(tokenizer, images, folder, size=None, flip=False):
     data = resolve(Data(name=str(images), size=size or tokenizer.size))
     every = load(data, "all")
     codes = extract_codes(tokenizer, every.images, every.labels, folder, f"{data.fingerprint} {data.size}", flip)
-    if is_main(): (Path(folder) / "names.txt").write_text("".join(f"{name}\n" for name in every.names))
+    if is_main(): (Path(folder) / "names.txt").write_bytes(b"".join(name + b"\n" for name in every.names))
     return codes

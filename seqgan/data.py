@@ -8,7 +8,7 @@ __all__ = ['SHAPES', 'TEXTURES', 'shapes_classes', 'RESIZE', 'SUFFIXES', 'FORMAT
            'Names', 'Files', 'subset', 'load', 'Batches']
 
 # %% ../nbs/02_data.ipynb #427b6f09
-import fcntl, hashlib, os, re, shutil, stat, tarfile, threading, warnings, zipfile
+import fcntl, gc, hashlib, os, re, shutil, signal, stat, tarfile, threading, warnings, zipfile
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -183,11 +183,12 @@ def to_float(images):
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    "One split of a dataset: uint8 images (N, 3, size, size), held or as `Files`, int64 labels (N,), class names, names of the files left out."
+    "One split of a dataset: uint8 images (N, 3, size, size), held or as `Files`, int64 labels (N,), class names; names of the files left out, and of the images (bytes)."
     images: object
     labels: torch.Tensor
     classes: tuple
     skipped: tuple = ()
+    names: object = ()
 
     def __len__(self): return len(self.images)
 
@@ -197,6 +198,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 PIXELS = 2 ** 28 // 3                                                          # 268 MB decoded; Pillow warns from here on
 
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of odd metadata, which is not read
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 def decode(file, size, place=(0.5, 0.5)):
@@ -217,7 +219,7 @@ def decode(file, size, place=(0.5, 0.5)):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC, centering=place))
 
-# %% ../nbs/02_data.ipynb #a8add2e4
+# %% ../nbs/02_data.ipynb #667d08ac
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 
 def _members(archive):
@@ -379,9 +381,9 @@ def _layout(folder, paths):
     val = dict(zip(every, _held_out(map(os.fsencode, every))))
     return {p: c for p, c in every.items() if not val[p]}, {p: every[p] for p in sorted(every) if val[p]}, {}
 
-# %% ../nbs/02_data.ipynb #18eb0b30
+# %% ../nbs/02_data.ipynb #0a122cf6
 class Names:
-    "Many short byte strings, one after the other in memory: 3 million keys of LSUN take 150 MB."
+    "Many short byte strings, one after the other in memory: 3 million keys of LSUN take 200 MB."
     def __init__(self, names):
         self.text, self.ends = bytearray(), array("q", [0])
         for name in names: self.text += name; self.ends.append(len(self.text))
@@ -390,7 +392,7 @@ class Names:
     def __getitem__(self, i): return bytes(self.text[self.ends[i]:self.ends[i + 1]])
 
 def _shown(name):
-    "A name of a file or a key (bytes) in one line of text, whatever is in it."
+    "A name (of a file or a key, bytes) or another text in one line, whatever is in it."
     text = os.fsdecode(name)
     return text if text.isprintable() else ascii(text)
 
@@ -423,13 +425,13 @@ def _from_lmdb(folder, split):
     "Names, labels, classes and a reader of a split of LSUN."
     every = _databases(folder)
     given = {s: [d for d in every if d.endswith(f"_{s}_lmdb")] for s in ("train", "val")}
-    whole = all(given.values())
-    chosen = given[split] if whole else given["train"] or every
+    whole = all(given.values()) or split == "all"
+    chosen = every if split == "all" else given[split] if whole else given["train"] or every
     def kind(d): return re.sub("(_train|_val)?_lmdb$", "", folder.resolve().name if d == "." else d)
     def keys(d):
         with _database(os.path.join(folder, d)).begin() as view:
             for key in progress(view.cursor().iternext(keys=True, values=False), desc=f"listing {d}"): yield os.fsencode(d) + b"/" + key
-    classes = sorted({kind(d) for d in (given["train"] if whole else chosen)})
+    classes = sorted({kind(d) for d in (given["train"] if whole and given["train"] else chosen)})
     require({kind(d) for d in chosen} <= set(classes), "data", str(folder), f"for validation the databases of training too: {', '.join(classes)}")
     names = Names(key for d in chosen for key in keys(d))
     labels = np.repeat([classes.index(kind(d)) for d in chosen], [_database(os.path.join(folder, d)).stat()["entries"] for d in chosen])
@@ -447,6 +449,7 @@ class _Pictures:
 
 def _from_cifar10(folder, split):
     "Names, labels, classes and a reader of a split of CIFAR-10."
+    require(split != "all", "split", split, "'train' or 'val' for CIFAR-10")
     from torchvision.datasets import CIFAR10 as Published
     try: found = Published(_cifar10(folder).parent, train=split == "train", download=False)
     except (RuntimeError, OSError, KeyError) as error:
@@ -525,12 +528,12 @@ class Files:
     def _decoded(self, i, place):
         "Image i, or the next one of its class that can be decoded."
         try: return decode(self.read(self.names[i]), self.size, place)
-        except Exception as error: why = f"{type(error).__name__}: {error}"    # Pillow raises almost anything for a broken file
+        except Exception as error: why = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"    # Pillow raises almost anything for a broken file
         same = (self.labels == self.labels[i]).nonzero().flatten()
         for j in torch.cat([same[same > i], same[same < i]]).tolist():
             try: image = decode(self.read(self.names[j]), self.size, place)
             except Exception: continue
-            if i not in self.told: print(f"{_shown(self.names[i])} cannot be decoded ({why[:200]!r}), {_shown(self.names[j])} stands in for it", flush=True)
+            if i not in self.told: print(f"{_shown(self.names[i])} cannot be decoded ({_shown(why[:200])}): {_shown(self.names[j])} stands in for it\n", end="", flush=True)
             self.told.add(i)
             return image
         require(False, "data", _shown(self.names[i]), f"an image that can be decoded ({why}), or another one of its class; of {len(same)} none can")
@@ -545,7 +548,8 @@ def _path(folder, name): return os.path.join(folder, os.fsdecode(name))
 def _from_files(folder, split, files, name):
     "Names, labels, classes and a reader of a split of a folder."
     train, val, called = _layout(folder, [path for path, _ in files if path not in TINY_IMAGENET])
-    classes, chosen = sorted(set(train.values())), train if split == "train" else val
+    chosen, apart = {"train": train, "val": val, "all": train | val}[split], all(p.startswith("train/") for p in train) and not any(p.startswith("train/") for p in val)
+    classes = sorted(set(train.values()) | (set() if apart else set(val.values())))     # held out of one tree, a class may have all its images on one side
     strange = [c or "images in no folder" for c in sorted(set(chosen.values()) - set(classes))]
     require(not strange, "data", name, f"the class folders of train/ for validation too; it has besides: {', '.join(strange[:3])}")
     paths, number = sorted(chosen), {c: i for i, c in enumerate(classes)}
@@ -554,11 +558,11 @@ def _from_files(folder, split, files, name):
 
 @cache
 def load(data, split):
-    """The "train" or "val" `ImageSet` of `data`, a `seqgan.config.Data`; decoded, drawn or listed once a process.
+    """The "train" or "val" `ImageSet` of `data`, a `seqgan.config.Data`, or "all" images of a folder by the order of their paths; decoded, drawn or listed once a process.
 
     Its images are `Files` if the split is more than `HELD` bytes, or if it is "train" and squares are taken at random; else they are held.
     Raises ValueError for a folder that does not exist, has no image left, changed since `resolve`, or does not fit in memory."""
-    require(split in ("train", "val"), "split", split, "'train' or 'val'")
+    require(split in ("train", "val", "all") and (split, data.name) != ("all", "shapes"), "split", split, "'train' or 'val', or 'all' of a folder")
     if data.name == "shapes":
         count = getattr(data, split)
         _check_room(data, count)
@@ -570,11 +574,11 @@ def load(data, split):
     require(len(names), "data", data.name, f"a folder with images for '{split}'; data/README.md shows the layouts")
     labels, classes = torch.from_numpy(labels), tuple(classes)
     if data.crop == "random" and split == "train" or len(names) * 3 * data.size ** 2 > HELD:
-        return ImageSet(Files(read, names, labels, data.size, torch.arange(len(names))), labels, classes)
+        return ImageSet(Files(read, names, labels, data.size, torch.arange(len(names))), labels, classes, names=names)
     _check_room(data, len(names))
     images, broken = _decode_all(data, read, names)
     kept = torch.ones(len(names), dtype=torch.bool); kept[broken] = False
-    return ImageSet(images, labels[kept], classes, tuple(_shown(names[i]) for i in broken))
+    return ImageSet(images, labels[kept], classes, tuple(_shown(names[i]) for i in broken), Names(names[i] for i in kept.nonzero().flatten().tolist()))
 
 # %% ../nbs/02_data.ipynb #accb22a4
 WORKERS = 16  # at most; more than one accelerator can use
@@ -621,14 +625,24 @@ class Batches:
         images, labels = self.pixels(step)
         return to_float(images), labels
 
+    def _read_from(self, step):
+        "Start worker processes that read the batches from `step` on."
+        self.ahead = self.next = None                              # ends the workers that read for another step
+        gc.collect()                                               # and any left by an error, that the new ones would inherit and wait for
+        self.ahead = iter(DataLoader(_Ahead(copy(self)), batch_size=None, sampler=range(step, 2 ** 62), num_workers=min(_cores(), WORKERS),
+                                     generator=torch.Generator()))                     # its own: the global one belongs to the model
+        if threading.current_thread() is threading.main_thread():  # PyTorch would raise in the middle of whatever is going on when a worker ends
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)          # `next` finds out too
+
     def __call__(self, step):
         if not isinstance(self.images, Files): return self[step]
-        if step != self.next:
-            self.ahead = self.next = None                          # ends the workers that read for another step
-            self.ahead = iter(DataLoader(_Ahead(copy(self)), batch_size=None, sampler=range(step, 2 ** 62), num_workers=min(_cores(), WORKERS),
-                                         generator=torch.Generator()))                 # its own: the global one belongs to the model
-        self.next = None                                           # so that after an error it begins anew
-        pixels, labels = next(self.ahead)
+        for last in (False, True):
+            if step != self.next: self._read_from(step)
+            self.next = None                                       # so that after an error it begins anew
+            try: pixels, labels = next(self.ahead); break
+            except (RuntimeError, OSError, EOFError) as error:     # a worker was ended from outside: by a signal to all processes, or for want of memory
+                if last: raise
+                print(f"a process that reads images has ended ({type(error).__name__}); step {step} is read anew", flush=True)
         self.next = step + 1
         images = torch.empty(pixels.shape, pin_memory=torch.cuda.is_available())       # from pinned memory the way to the GPU is short
         return images.copy_(pixels).div_(127.5).sub_(1), labels

@@ -70,6 +70,9 @@ def versions():
 # %% ../nbs/17_experiment.ipynb #0c9e270b
 class Busy(RuntimeError): "Another command is computing the run that this one needs."
 
+_locks = set()  # what this process holds: not to be inherited by the workers that read images, which may live a little longer
+os.register_at_fork(after_in_child=lambda: [os.close(_locks.pop()) for _ in range(len(_locks))])
+
 @contextmanager
 def locked(folder):
     """Hold the folder's lock; wait, and say so, while another command has it. The lock goes with the process, however that ends.
@@ -84,8 +87,13 @@ def locked(folder):
         if agreed(taken):
             if processes()[1] > 1: raise Busy(f"Another command is computing {folder}. Wait until it has finished, or stop it, then run this one again: it goes on from there.")
             say(f"{folder.name}: another process is at it; waiting")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            while taken:
+                if STOP.wait(1): raise Stopped(f"{folder.name}: stopped waiting for the other process")
+                try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB); taken = False
+                except BlockingIOError: pass
+        _locks.add(file.fileno())
+        try: yield
+        finally: _locks.discard(file.fileno())
 
 def run_folder(kind, settings, module="recipes"):
     "Where the run `kind` with `settings` (a dict), computed by today's code of a module, is or will be."
@@ -95,8 +103,9 @@ def is_finished(folder): return (folder / "metrics.json").exists()
 
 def _finished(folder):
     "Whether a run is finished, the same answer in every process. Raises FileNotFoundError if it was, and has lost a file since."
-    lost = [name for name, size in json.loads((folder / "metrics.json").read_text())["files"].items()
-            if not (folder / name).exists() or (folder / name).stat().st_size != size] if is_finished(folder) else []
+    try: files = json.loads((folder / "metrics.json").read_text())["files"] if is_finished(folder) else {}
+    except (ValueError, KeyError, TypeError) as error: raise ValueError(f"{folder / 'metrics.json'} is damaged ({error}). Delete the folder to compute it again.") from error
+    lost = [name for name, size in files.items() if not (folder / name).exists() or (folder / name).stat().st_size != size]
     if lost: raise FileNotFoundError(f"{folder} was finished, but its {lost[0]} is missing or not what was written. Put it back, or delete the folder to compute it again.")
     return agreed(is_finished(folder))
 
@@ -106,13 +115,18 @@ def run(kind, settings, compute, module="recipes"):
     An interrupted run goes on from its checkpoint; the best one stays as best/. A run of the same settings by other code is named and left alone.
     Every one of several processes computes; the first one writes. Raises OSError with a sentence if the disk is full."""
     folder, code = run_folder(kind, settings, module), source_digest(module)
-    if _finished(folder): return folder
+    if _finished(folder) and not agreed(any(folder.glob("checkpoint-*"))): return folder
     with locked(folder):
-        if _finished(folder): return folder
+        if _finished(folder):
+            if is_main(): keep_best(folder)  # the process that computed it was killed after it had finished
+            return folder
         if is_main():
+            for part in [p for p in folder.rglob(".*") if p.name != ".lock"]:  # what a process left that was killed while it wrote
+                shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
             write_json(folder / "config.json", dict(kind=kind, settings=json.loads(json.dumps(settings, default=asdict)), settings_digest=digest(kind, settings), code=code, revision=revision()))
             for other in folder.parent.glob(f"{kind}-*/config.json"):
-                made = json.loads(other.read_text())
+                try: made = json.loads(other.read_text())
+                except ValueError: continue  # a damaged one is nobody's business here
                 if other.parent != folder and made["settings_digest"] == digest(kind, settings):
                     say(f"{kind}: {other.parent.name} has these settings but was made by other code (revision {made.get('revision', 'unknown')}, which goes on with it); computing anew")
         say(f"{folder.name}: started")
@@ -120,10 +134,11 @@ def run(kind, settings, compute, module="recipes"):
         try:
             metrics = compute(folder)
             if is_main():
-                keep_best(folder)
-                files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")}
+                inside = {p.relative_to(folder): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+                files = {p.as_posix(): size for p, size in inside.items() if not p.parts[0].startswith((".", "checkpoint-", "damaged-", "events."))}
                 say(f"{folder.name}: finished in {time.monotonic() - start:.0f} s")
                 write_json(folder / "metrics.json", dict(metrics=metrics, seconds=time.monotonic() - start, hardware=hardware(), versions=versions(), revision=revision(), code=code, files=files))
+                keep_best(folder)  # not before: until the line above, a run that is killed goes on from its checkpoint
         except (OSError, SafetensorError) as error:
             if not full_disk(error) or "There is no room" in str(error): raise
             raise OSError(errno.ENOSPC, f"There is no room for {folder} ({error}). Free some and run the same command again, it goes on from the newest checkpoint") from error
@@ -225,8 +240,7 @@ class Study:
             metrics = train_tokenizer(replace(self.config, perceptual=perceptual), self.train, vgg, folder, self.val, until=perceptual.warmup)
             if is_main():
                 shutil.rmtree(folder / "end", ignore_errors=True)
-                (folder / f"checkpoint-{perceptual.warmup}").rename(folder / "end")  # a name that `run` does not clear away
-                for checkpoint in folder.glob("checkpoint-*"): shutil.rmtree(checkpoint)
+                shutil.copytree(folder / f"checkpoint-{perceptual.warmup}", folder / "end")  # a name that `run` does not clear away
             return metrics
         return self._run("warmup", compute)
 

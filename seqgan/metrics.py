@@ -34,11 +34,16 @@ def check_images(**sets):
     sizes = {name: tuple(images.shape[2:]) for name, images in sets.items()}
     require(len(set(sizes.values())) <= 1, "image size", sizes, "one size, so resize where images are loaded, by a filter that is recorded")
 
+def _parts(images, size=500):
+    "Images (N, 3, H, W), a tensor or `seqgan.data.Files`, as tensors of at most `size` images."
+    return (images[i:i + size] for i in range(0, len(images), size))
+
 class Images(Dataset):
-    "Images uint8 (N, 3, H, W) as torch-fidelity reads them: item i is a tensor (3, H, W)."
-    def __init__(self, images): self.images = images.cpu()
+    "Images uint8 (N, 3, H, W), a tensor or `seqgan.data.Files`, as torch-fidelity reads them: item i is a tensor (3, H, W)."
+    def __init__(self, images): self.images = images.cpu() if isinstance(images, torch.Tensor) else images
     def __len__(self): return len(self.images)
     def __getitem__(self, i): return self.images[i]
+    def __getitems__(self, rows): return list(self.images[rows])   # what a loader asks for first: `Files` decode a batch at a time
 
 # %% ../nbs/13_metrics.ipynb #5f944aae
 def _device(network): return next(network.parameters(), torch.empty(0)).device
@@ -112,7 +117,9 @@ def calculate(evaluator, batch_size=100, cache=False, **what):
 # %% ../nbs/13_metrics.ipynb #982df49b
 def content_digest(images):
     "SHA-256 (hexadecimal) of images: shape and pixels, in their order."
-    return hashlib.sha256(repr(tuple(images.shape)).encode() + images.cpu().contiguous().numpy().tobytes()).hexdigest()
+    found = hashlib.sha256(repr(tuple(images.shape)).encode())
+    for part in _parts(images): found.update(part.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 def statistics_name(reference, evaluator):
     "The name of kept reference statistics: it changes with any pixel, any weight, the network's structure and torch-fidelity's version."
@@ -146,7 +153,7 @@ def psnr(images, reference):
     check_images(images=images, reference=reference)
     require(len(images) == len(reference), "len(images), len(reference)", (len(images), len(reference)), "equal, images are compared in pairs")
     total = 0.0
-    for a, b in zip(images.split(500), reference.split(500)):
+    for a, b in zip(_parts(images), _parts(reference)):
         mse = (a.cpu().float() - b.cpu().float()).square().mean((1, 2, 3))                # (B,)
         total += (10 * torch.log10(255 ** 2 / mse.clamp(min=1 / a[0].numel()))).sum().item()
     return total / len(images)
@@ -156,7 +163,7 @@ def accuracy(images, labels, evaluator):
     check_images(images=images)
     require(is_local(evaluator), "evaluator", evaluator, "a local network, for Inception does not know the classes of this dataset")
     require(labels.shape == (len(images),), "labels.shape", tuple(labels.shape), f"({len(images)},), one label an image")
-    guesses = torch.cat([extract(batch, evaluator)[1].argmax(1).cpu() for batch in images.split(100)])    # (N,)
+    guesses = torch.cat([extract(batch, evaluator)[1].argmax(1).cpu() for batch in _parts(images, 100)])    # (N,)
     return (guesses == labels.cpu()).float().mean().item()
 
 # %% ../nbs/13_metrics.ipynb #b47a8024

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 
-from .config import is_main, precision, progress, require, say, seed_of
+from .config import digest, is_main, precision, progress, require, say, seed_of
 from accelerate import Accelerator, PartialState  # after seqgan.config, which silences a warning of its imports
 from accelerate.utils import broadcast_object_list, gather, reduce
 
@@ -61,7 +61,7 @@ def read_log(folder):
         except json.JSONDecodeError: break
     return ticks
 
-# %% ../nbs/14_training.ipynb #6c3c7da4
+# %% ../nbs/14_training.ipynb #bf4a8c55
 @cache
 def processes():
     "This process's index and how many there are: those that torchrun or accelerate launch started, connected when this is first asked; else (0, 1)."
@@ -88,7 +88,7 @@ def agreed(value):
     broadcast_object_list(values)
     return values[0]
 
-# %% ../nbs/14_training.ipynb #fb4b6c34
+# %% ../nbs/14_training.ipynb #c7e9f01d
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def full_disk(error):
@@ -130,10 +130,12 @@ class Loop:
     def __init__(self, folder, steps, seed, models, optimizers, schedules, clip=1.0, most_skips=10, averages={}):
         require(steps >= 1, "steps", steps, "at least one")
         self.folder, self.steps, self.seed, self.clip, self.most_skips = Path(folder), steps, seed, clip, most_skips
-        self.schedules, self.skipped, self.skips_in_a_row, self.writer = schedules, 0, 0, None
+        self.schedules, self.skipped, self.skips_in_a_row, self.writer = schedules, 0, dict.fromkeys(models, 0), None
         self.sums, self.best, self.unwritten = {}, None, []      # of the tick so far; (value, step); log lines that a full disk did not take
         processes()
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")  # `autocast` says where precision may be low
+        kind, parts = self.accelerator.distributed_type.value, self.accelerator.gradient_accumulation_steps
+        require(kind in ("NO", "MULTI_GPU", "MULTI_CPU") and parts == 1, "configuration of accelerate", (kind, parts), "several GPUs with a copy of the models each, gradient_accumulation_steps 1; memory.parts saves memory")
         self.models = {name: self.accelerator.prepare(model) for name, model in models.items()}
         self.optimizers = {name: self.accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
         follow = lambda window: lambda means, new, n: torch._foreach_lerp_(means, new, 1 / (1 + window * n.item()))
@@ -160,12 +162,12 @@ class Loop:
                 self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(list(model.parameters()), self.clip)
         if torch.isfinite(norm):
-            optimizer.step(); self.skips_in_a_row = 0
+            optimizer.step(); self.skips_in_a_row[name] = 0
             if name in self.averages: self.averages[name].update_parameters(self.plain(name))
             return
-        self.skipped += 1; self.skips_in_a_row += 1
-        if self.skips_in_a_row >= self.most_skips:
-            raise FloatingPointError(f"{self.skips_in_a_row} steps in a row had a gradient that is not finite (model {name!r}, loss {loss.item():g}) in "
+        self.skipped += 1; self.skips_in_a_row[name] += 1
+        if self.skips_in_a_row[name] >= self.most_skips:
+            raise FloatingPointError(f"{self.skips_in_a_row[name]} steps in a row had a gradient that is not finite (model {name!r}, loss {loss.item():g}) in "
                                      f"{self.folder.name}. The weights are those of the last good step. Lower the learning rate or the weight of the loss that diverges.")
 
     def run(self, step, evaluate=None, ticks=50, evaluations=5, best=None, desc="training", save_seconds=60, until=None, start=None):
@@ -230,19 +232,25 @@ class Loop:
     def _log(self, line):
         if not is_main(): return
         self.unwritten.append(line)
+        try: self._write_log()
+        except OSError as error:
+            if not full_disk(error): raise
+            say(f"{self.folder.name}: {error}; {len(self.unwritten)} lines of the log wait for the next try")
+        if self.writer:
+            for name, value in line.items(): self.writer.add_scalar(name, value, line["step"])
+            self.writer.flush()
+
+    def _write_log(self):
+        "Append the lines that are not in log.jsonl yet, all or none."
         file = self.folder / "log.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         before = file.stat().st_size if file.exists() else 0
         try:
             with open(file, "a") as out: out.write("".join(json.dumps(line) + "\n" for line in self.unwritten))
-            self.unwritten = []
-        except OSError as error:
-            if not full_disk(error): raise
-            os.truncate(file, before)  # without the beginning of a line
-            say(f"{file} cannot be written, the disk is full; its {len(self.unwritten)} newest lines are kept for the next try")
-        if self.writer:
-            for name, value in line.items(): self.writer.add_scalar(name, value, line["step"])
-            self.writer.flush()
+        except OSError:
+            if file.exists(): os.truncate(file, before)
+            raise
+        self.unwritten = []
 
     def _tensors(self):
         "What a checkpoint holds: {file: {name: tensor}}. An optimiser's state is that of its i-th parameter under 'i.name'."
@@ -257,10 +265,11 @@ class Loop:
         if not is_main(): return
         part, whole = self.folder / f".part-{t}", self.folder / f"checkpoint-{t}"
         try:
+            if self.unwritten: self._write_log()
             for name, tensors in self._tensors().items(): save_tensors(tensors, part / f"{name}.safetensors")
-            write_json(part / "loop.json", dict(run=self.folder.name, step=t, skipped=self.skipped, skips_in_a_row=self.skips_in_a_row, best=self.best,
-                                                sums={name: (totals[name], count) for name, (_, count) in self.sums.items()},
-                                                files={file.name: file_digest(file) for file in part.glob("*.safetensors")}))
+            state = dict(run=self.folder.name, step=t, skipped=self.skipped, skips_in_a_row=self.skips_in_a_row, best=self.best,
+                         sums={name: (totals[name], count) for name, (_, count) in self.sums.items()}, files={file.name: file_digest(file) for file in part.glob("*.safetensors")})
+            write_json(part / "loop.json", state | {"digest": digest(state)})
             shutil.rmtree(whole, ignore_errors=True)
             part.rename(whole)
         except OSError as error:
@@ -279,9 +288,10 @@ class Loop:
         "Whether a checkpoint can be used; one that is damaged gets another name. Raises ValueError for one of another run."
         try:
             state = json.loads((checkpoint / "loop.json").read_text())
-            own, problem = state["run"], [f"{name} is missing or not what was written" for name, digest in state["files"].items()
-                                          if not (checkpoint / name).exists() or file_digest(checkpoint / name) != digest]
-        except (OSError, ValueError, KeyError, TypeError) as error: own, problem = self.folder.name, [f"loop.json cannot be read ({type(error).__name__})"]
+            require(state.pop("digest") == digest(state), "loop.json", str(checkpoint), "as it was written")
+            own, problem = state["run"], [f"{name} is missing or not what was written" for name, sha256 in state["files"].items()
+                                          if not (checkpoint / name).exists() or file_digest(checkpoint / name) != sha256]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error: own, problem = self.folder.name, [f"loop.json is not what was written ({type(error).__name__})"]
         require(own == self.folder.name, str(checkpoint), own, f"the checkpoints in this folder are of {self.folder.name}. Move it back to where it belongs, or delete it")
         if not problem: return True
         name = checkpoint.with_name(f"damaged-{checkpoint.name}-{time.time_ns()}")
@@ -300,8 +310,10 @@ class Loop:
         return 0 if newest is None else self._load(Path(newest))
 
     def _load(self, checkpoint):
-        try: state, files = json.loads((checkpoint / "loop.json").read_text()), {file.stem: load_file(file) for file in checkpoint.glob("*.safetensors")}
-        except OSError as error: raise FileNotFoundError(f"{checkpoint} cannot be read ({error}). All machines of a run need one shared disk for it.") from error
+        try:
+            state = json.loads((checkpoint / "loop.json").read_text())
+            files = {name.removesuffix(".safetensors"): load_file(checkpoint / name) for name in state["files"]}
+        except (OSError, SafetensorError) as error: raise FileNotFoundError(f"{checkpoint} cannot be read ({error}). All machines of a run need one shared disk for it.") from error
         try:
             for name in self.models: self.plain(name).load_state_dict(files[f"model-{name}"])
             for name, average in self.averages.items(): average.load_state_dict(files[f"average-{name}"])
@@ -326,6 +338,5 @@ def keep_best(folder):
     "Remove the checkpoints of a finished training but the one whose number was the best, if it had one; that is best/ then."
     checkpoints = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: -int(p.name[11:]))
     best = json.loads((checkpoints[0] / "loop.json").read_text())["best"] if checkpoints else None
-    for checkpoint in checkpoints:
-        if best and checkpoint.name == f"checkpoint-{best[1]}" and not (checkpoint.parent / "best").exists(): checkpoint.rename(checkpoint.parent / "best")
-        else: shutil.rmtree(checkpoint)
+    if best and (found := Path(folder) / f"checkpoint-{best[1]}").exists() and not (Path(folder) / "best").exists(): found.rename(Path(folder) / "best")
+    for checkpoint in reversed(checkpoints): shutil.rmtree(checkpoint, ignore_errors=True)  # the newest last, as it knows the best
