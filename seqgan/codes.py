@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK', 'batched', 'Codes', 'extract_codes', 'read_codes', 'encode_folder']
 
-# %% ../nbs/15_codes.ipynb #4a63eb65
+# %% ../nbs/15_codes.ipynb #99d30e25
 import json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .config import Data, device, is_main, progress, require, say
 from .data import load, resolve, to_float
 from .training import STOP, Stopped, agreed, anyone, processes, write_json
 
-# %% ../nbs/15_codes.ipynb #5e45d318
+# %% ../nbs/15_codes.ipynb #5db76b2c
 def batched(function, images, batch=64):
     """`function` over uint8 images (N, 3, H, W), a batch at a time on the device, the results concatenated on the CPU. No gradient.
 
@@ -27,7 +27,7 @@ def batched(function, images, batch=64):
         parts = [function(to_float(images[i:i + batch]).to(device())) for i in progress(range(0, len(images), batch), desc="batches")]
     return torch.cat([p.cpu() for p in parts])
 
-# %% ../nbs/15_codes.ipynb #1987038f
+# %% ../nbs/15_codes.ipynb #0dc1329c
 CHUNK = 1024  # images from one mark of progress to the next
 
 @dataclass(frozen=True, eq=False)
@@ -42,14 +42,26 @@ class Codes:
 
     def __len__(self): return len(self.codes)
 
+def _stamp(folder):
+    "codes.json of a folder whose files are all there, as large as it says. Raises ValueError if they are not."
+    try:
+        stamp = json.loads((folder / "codes.json").read_text())
+        F, N, h, w = stamp["shape"]
+        mapped = np.load(folder / "codes.npy", "r", allow_pickle=False)
+        sound = (mapped.shape, mapped.dtype) == ((F, N, h, w), stamp["dtype"]) and (folder / "done.bin").stat().st_size == -(-N // stamp["chunk"])
+        require(sound and np.load(folder / "labels.npy", allow_pickle=False).shape == (N,), "codes", stamp["shape"], "the shape of what is in the files")
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise ValueError(f"The codes in {folder} are damaged ({error}). Delete the folder and extract them again.") from error
+    return stamp
+
 def _begin(folder, stamp, labels):
     "Make the files of a folder, or see that those there are were begun with the same images and tokenizer."
     if (folder / "codes.json").exists():
-        old = json.loads((folder / "codes.json").read_text())
+        old = _stamp(folder)
         different = [name for name in stamp if old.get(name) != stamp[name]]
         return require(not different, "codes", str(folder), f"a new folder: this one holds codes of another {', '.join(different)}")
     size = np.prod(stamp["shape"]) * np.dtype(stamp["dtype"]).itemsize
-    say(f"codes of {len(labels):,} images{' and their mirror images' * (stamp['shape'][0] - 1)}: {size / 1e6:,.1f} MB in {folder}")
+    say(f"codes of {len(labels):,} images{' and their mirror images' * (stamp['shape'][0] - 1)}: {size / 1e6:,.3g} MB in {folder.parent.name}/{folder.name}")
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     require(size < free, "codes", str(folder), f"a folder on a disk with {size / 1e9:.2f} GB free; this one has {free / 1e9:.2f} GB")
@@ -75,7 +87,7 @@ def extract_codes(tokenizer, images, labels, folder, source="", flip=False):
     with codes of other images or another tokenizer, or a disk that is too small, `seqgan.training.Stopped` when told to stop."""
     folder, K, side = Path(folder), len(tokenizer.quantizer.codebook), [length // tokenizer.stride for length in images.shape[2:]]
     kind, (rank, count) = np.dtype(np.int16 if K <= 2 ** 15 else np.int32), processes()
-    stamp = dict(tokenizer=tokenizer.codes_digest(), K=K, shape=[1 + flip, len(images), *side], dtype=kind.name, source=source)
+    stamp = dict(tokenizer=tokenizer.codes_digest(), K=K, shape=[1 + flip, len(images), *side], dtype=kind.name, chunk=CHUNK, source=source)
     if is_main(): _begin(folder, stamp, labels)
     agreed(None)                                                                  # the others wait until the files are there
     todo = [i for i, done in enumerate((folder / "done.bin").read_bytes()) if not done][rank::count]
@@ -99,14 +111,13 @@ def read_codes(folder, tokenizer=""):
     Raises FileNotFoundError if there are none."""
     folder = Path(folder)
     if not (folder / "codes.json").exists(): raise FileNotFoundError(f"There are no codes in {folder}: it has no codes.json. Make them with seqgan.codes.extract_codes.")
-    stamp, done = json.loads((folder / "codes.json").read_text()), (folder / "done.bin").read_bytes()
+    stamp, done = _stamp(folder), (folder / "done.bin").read_bytes()
     require(all(done), "codes", str(folder), f"complete; {done.count(0)} of its {len(done)} parts are missing, and the same command computes them")
     require(tokenizer in ("", stamp["tokenizer"]), "codes", str(folder), f"codes of the tokenizer {tokenizer[:12]}; they were made by {stamp['tokenizer'][:12]}, and mean nothing to another")
-    try: codes, labels = np.load(folder / "codes.npy", "c", allow_pickle=False), np.load(folder / "labels.npy", allow_pickle=False)
-    except (OSError, ValueError) as error: raise ValueError(f"The codes in {folder} are damaged ({error}). Delete the folder and extract them again.") from error
+    codes, labels = np.load(folder / "codes.npy", "c"), np.load(folder / "labels.npy")
     return Codes(torch.from_numpy(codes.reshape(-1, *codes.shape[2:])), torch.from_numpy(labels).repeat(len(codes)), stamp["tokenizer"], stamp["K"])
 
-# %% ../nbs/15_codes.ipynb #589a45d1
+# %% ../nbs/15_codes.ipynb #2c342be0
 def encode_folder(tokenizer, images, folder, size=None, flip=False):
     """`Codes` of all images in the folder `images`, sorted by path, written to `folder` beside names.txt with their paths; labels are numbers of class folders.
 

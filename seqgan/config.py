@@ -331,7 +331,7 @@ def update(config, changes):
         else: new[head] = _typed(name, value, known[head].type, known[head].default)
     return replace(config, **new, **{head: update(getattr(config, head), part) for head, part in groups.items()})
 
-# %% ../nbs/00_config.ipynb #acd327c1
+# %% ../nbs/00_config.ipynb #23e05213
 def from_dict(kind, values):
     """The dataclass `kind` with the settings of `values`, a dict as `dataclasses.asdict` makes it and JSON keeps it.
 
@@ -454,8 +454,9 @@ def home():
 
 # %% ../nbs/00_config.ipynb #b65ee50a
 def device():
-    "The CUDA device if there is one, else the CPU."
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    "The CUDA device of this process, if there is one, else the CPU. Of several processes on a machine each has its own."
+    if not torch.cuda.is_available(): return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 def precision():
     "'bf16' where the hardware has it, else 'no' (float32): the names that Accelerate uses."

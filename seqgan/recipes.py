@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast
 from safetensors.torch import load_file
 
 from .autoregressive import next_code_loss
@@ -28,6 +27,7 @@ from .quantizer import count_codes, entropy, perplexity, usage
 from .tokenizer import Tokenizer
 from .training import Loop, across, agreed, cosine, exponential, interleaved, linear, one_cycle, processes, read_log, save_tensors
 from .transformer import Transformer, parameter_groups
+from accelerate.utils import broadcast  # after seqgan.config, which silences a warning of its imports
 
 # %% ../nbs/16_recipes.ipynb #01b304b3
 def _shift(images, most, g):

@@ -68,3 +68,14 @@ def test_two_processes_are_one(child, python, tmp_path, parts):
         files = [tmp_path / home / "out" / name / "codes.npy" for home in ("one", "two")]
         assert files[0].stat().st_size == files[1].stat().st_size
     assert two.stdout.count("classifier") == 2 and two.stdout.count("MB in") == 2  # what is said, is said once
+
+
+def test_command(child, tmp_path):
+    "`seqgan train` under torchrun computes a study of drawn samples that no process's share divides; one process finds all of it there."
+    what = ("train", "--preset", "smoke", "--transformer", "NAR", "--phase", "2", "--set", "evaluation.samples=61")
+    two = child(*TORCHRUN, "-m", "seqgan", *what)
+    assert two.returncode == 0, two.stdout[-3000:]
+    (record,) = (tmp_path / "home" / "reports" / "results").rglob("*.json")
+    assert json.loads(record.read_text())["metrics"]["generation"].keys() >= {"FID-local", "IS-local", "class_accuracy"}
+    again = child(sys.executable, "-m", "seqgan", *what)
+    assert again.returncode == 0 and ": started" not in again.stdout and "to do" not in again.stdout, again.stdout[-3000:]
