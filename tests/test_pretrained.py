@@ -169,8 +169,8 @@ def test_transformer_configuration_refused(tmp_path):
                               ({"codes": 32.0}, "codes = 32.0.*an integer"), ({"classes": -1}, "classes = -1"), ({"tokenizer": None}, "tokenizer = None.*codes_digest"),
                               ({"positions": True}, "positions = True"), ({"sampler": 1}, "just transformer, codes")):
         rewrite(tmp_path, lambda v: v.update(changes)); refused(sentence, tmp_path, Transformer); (tmp_path / "config.json").write_text(good)
-    for changes, sentence in (({"heads": -2}, "transformer.heads = -2"), ({"heads": 0}, "config.json"), ({"blocks": 10 ** 9}, "more layers than there are weights"),
-                              ({"blocks": -1}, "transformer.blocks = -1"), ({"dropout": 2}, "config.json.*dropout"), ({"causal": False}, "code_embedding.weight is")):
+    for changes, sentence in (({"heads": -2}, "heads, dim, hidden = .*-2.*all at least 1"), ({"heads": 0}, "config.json"), ({"blocks": 10 ** 9}, "more layers than there are weights"),
+                              ({"blocks": -1}, r"transformer.blocks, .* = \(-1.*all at least 1"), ({"dropout": 2}, "config.json.*dropout"), ({"causal": False}, "code_embedding.weight is")):
         rewrite(tmp_path, lambda v: v["transformer"].update(changes)); refused(sentence, tmp_path, Transformer); (tmp_path / "config.json").write_text(good)
     Transformer.from_pretrained(tmp_path)
 
