@@ -289,7 +289,7 @@ def tarred(path, *members, special=()):
     return path
 
 
-@pytest.mark.parametrize("name", ["../evil.png", "/tmp/seqgan-evil.png", "a/../../evil.png", "..\\evil.png", "//evil.png", ".."])
+@pytest.mark.parametrize("name", ["../evil.png", "/seqgan-evil.png", "a/../../evil.png", "..\\evil.png", "//evil.png", ".."])
 @pytest.mark.parametrize("make", [zipped, tarred])
 def test_members_outside(tmp_path, make, name):
     inside = tmp_path / "in"
@@ -298,7 +298,7 @@ def test_members_outside(tmp_path, make, name):
     with pytest.raises(ValueError, match="nothing was unpacked"):
         resolve(Data(str(path)))
     assert [p.name for p in inside.iterdir()] == [path.name] and [p.name for p in tmp_path.iterdir()] == ["in"]
-    assert not os.path.exists("/tmp/seqgan-evil.png")
+    assert not os.path.exists("/seqgan-evil.png")
 
 
 @pytest.mark.parametrize("special", [("x.png", tarfile.SYMTYPE, "/etc/passwd"), ("x.png", tarfile.SYMTYPE, "../../evil"), ("x.png", tarfile.LNKTYPE, "../evil"), ("good", tarfile.LNKTYPE, "good.png"),
