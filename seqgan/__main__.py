@@ -12,7 +12,7 @@ from .config import PRESETS, home, is_main, preset, require, say
 from .experiment import Busy, Study, is_finished, plan, record, resolved, run_folder
 from .report import TABLES, transformers
 from .reproduce import listing, reproduce, whole_study
-from .training import STOP, Stopped, anyone, full_disk, processes
+from .training import STOP, Stopped, anyone, explained, processes
 
 # %% ../nbs/20_command.ipynb #a224530b
 def settings(pairs):
@@ -91,8 +91,7 @@ def main(argv=None):
         elif not reproduce(rows, a.minutes): say(listing(rows).splitlines()[-1])
     except Stopped as stopped: say(stopped)
     except (ValueError, OSError, FloatingPointError, Busy) as error:
-        if full_disk(error) and "There is no room" not in str(error): error = f"There is no room in {home()} ({error}). Free some and run the same command again, it goes on from there."
-        print(f"seqgan{'' if is_main() else f', process {processes()[0]}'}: {error}", file=sys.stderr, flush=True)
+        print(f"seqgan{'' if is_main() else f', process {processes()[0]}'}: {explained(error, home())}", file=sys.stderr, flush=True)
         return 1
     return 0
 

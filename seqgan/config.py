@@ -6,8 +6,8 @@
 __all__ = ['PRESETS', 'paper', 'chosen', 'later', 'require', 'Data', 'VGG', 'Evaluator', 'Classifier', 'Autoencoder', 'Quantizer',
            'Perceptual', 'Adversarial', 'TokenizerTraining', 'SecondPhase', 'Transformer', 'TransformerTraining',
            'Sampler', 'MaskedSampler', 'Evaluation', 'Memory', 'Experiment', 'update', 'from_dict', 'preset', 'table',
-           'digest', 'seed_of', 'generator', 'in_test', 'root', 'home', 'device', 'precision', 'is_main', 'say',
-           'progress']
+           'digest', 'file_digest', 'seed_of', 'generator', 'in_test', 'root', 'home', 'device', 'precision', 'is_main',
+           'say', 'progress']
 
 # %% ../nbs/00_config.ipynb #69a3668e
 import hashlib, json, math, os, sys, tempfile, warnings
@@ -442,6 +442,10 @@ def digest(*parts):
     "Twelve hexadecimal digits that name `parts` (dataclasses, dicts, strings, numbers). Equal configurations have equal names."
     compared = lambda config: {f.name: value for f in fields(config) if f.compare and (value := getattr(config, f.name)) != f.metadata.get("neutral", fields)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, indent=1, default=compared).encode()).hexdigest()[:12]
+
+def file_digest(path):
+    "SHA-256 (hexadecimal) of a file."
+    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../nbs/00_config.ipynb #88afbcb2
 def seed_of(*parts):

@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, get_worker_info
 
-from .config import digest, generator, progress, require, root
+from .config import digest, file_digest, generator, progress, require, root
 from .shapes import draw_shapes, shapes_classes
 
 # %% ../nbs/02_data.ipynb #618ede55
@@ -160,8 +160,8 @@ def _cifar10(folder):
 def _sha256(path, blocks=0):
     "SHA-256 of a file, or of so many blocks of 64 kB spread over it; '' if it cannot be read."
     try:
+        if not blocks: return file_digest(path)
         with open(path, "rb") as file:
-            if not blocks: return hashlib.file_digest(file, "sha256").hexdigest()
             size, found = os.path.getsize(path), hashlib.sha256()
             for i in range(blocks): file.seek(size * i // blocks); found.update(file.read(2 ** 16))
             return found.hexdigest()

@@ -8,7 +8,7 @@ __all__ = ['source_digest', 'revision', 'hardware', 'versions', 'Busy', 'locked'
            'record_file', 'is_recorded', 'record']
 
 # %% ../nbs/17_experiment.ipynb #2b1c0d9d
-import ast, errno, fcntl, importlib.metadata, json, os, platform, re, shutil, subprocess, time
+import ast, fcntl, importlib.metadata, json, os, platform, re, shutil, subprocess, time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache, cached_property
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from .autoregressive import sample, sample_many
 from .codes import batched, extract_codes, read_codes
-from .config import PRESETS, Experiment, device, digest, home, is_main, precision, require, root, say
+from .config import PRESETS, Experiment, device, digest, file_digest, home, is_main, precision, require, root, say
 from .data import RESIZE, load, resolve, subset
 from .features import VGG, Evaluator, imagenet_vgg, weights_digest
 from .masked import sample_masked
@@ -29,7 +29,7 @@ from .plot import to_uint8
 from .pretrained import model_card
 from .recipes import check_shares, evaluate_tokenizer, train_classifier, train_decoder, train_tokenizer, train_transformer
 from .tokenizer import Tokenizer
-from .training import STOP, Stopped, agreed, alone, anyone, file_digest, full_disk, interleaved, keep_best, processes, read_log, save_tensors, write_json, write_text
+from .training import STOP, Stopped, agreed, alone, anyone, explained, interleaved, keep_best, processes, read_log, save_tensors, write_json, write_text
 from .transformer import Transformer, for_drawing
 
 # %% ../nbs/17_experiment.ipynb #15250289
@@ -141,8 +141,7 @@ def run(kind, settings, compute, module="recipes"):
                 write_json(folder / "metrics.json", dict(metrics=metrics, seconds=time.monotonic() - start, hardware=hardware(), versions=versions(), revision=revision(), code=code, files=files))
                 keep_best(folder)  # not before: until the line above, a run that is killed goes on from its checkpoint
         except (OSError, SafetensorError) as error:
-            if not full_disk(error) or "There is no room" in str(error): raise
-            raise OSError(errno.ENOSPC, f"There is no room for {folder} ({error}). Free some and run the same command again, it goes on from the newest checkpoint") from error
+            raise explained(error, folder)
         agreed(None)
     return folder
 

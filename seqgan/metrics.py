@@ -10,7 +10,6 @@ __all__ = ['INCEPTION_SHA256', 'check_images', 'Images', 'extract', 'LocalExtrac
 
 # %% ../nbs/13_metrics.ipynb #6a94f5eb
 import hashlib, os, warnings
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from .config import device, digest, require
+from .config import device, digest, file_digest, require
 from .features import weights_digest, weights_file
 
 # %% ../nbs/13_metrics.ipynb #4abe7f3f
@@ -77,16 +76,12 @@ FEATURE_EXTRACTORS_REGISTRY["seqgan-local"] = LocalExtractor  # `register_featur
 # %% ../nbs/13_metrics.ipynb #fa41ec86
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
-@cache
-def _sha256(path, modified):
-    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
-
 def inception_weights():
     """The file of Inception weights: $SEQGAN_INCEPTION if set, else PyTorch's cache, else downloaded into it.
 
     Raises FileNotFoundError that names file, address and alternative, and ValueError for a file of another SHA-256."""
     path = weights_file(URL_INCEPTION_V3, os.environ.get("SEQGAN_INCEPTION"), "choose a preset with local metrics (evaluator.weights = 'local')")
-    found = _sha256(str(path), path.stat().st_mtime_ns)
+    found = file_digest(path)
     require(found == INCEPTION_SHA256, f"the SHA-256 of {path}", found, f"FID is defined by the weights {INCEPTION_SHA256}")
     return path
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FULL', 'STOP', 'cosine', 'exponential', 'linear', 'one_cycle', 'write_text', 'write_json', 'read_log', 'processes',
-           'across', 'anyone', 'interleaved', 'agreed', 'alone', 'full_disk', 'save_tensors', 'file_digest', 'Stopped',
+           'across', 'anyone', 'interleaved', 'agreed', 'alone', 'full_disk', 'explained', 'save_tensors', 'Stopped',
            'Loop', 'keep_best']
 
 # %% ../nbs/14_training.ipynb #38a4faee
-import errno, hashlib, json, math, os, shutil, threading, time
+import atexit, errno, json, math, os, shutil, threading, time
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import cache
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 
-from .config import digest, is_main, precision, progress, require, say, seed_of
+from .config import digest, file_digest, is_main, precision, progress, require, say, seed_of
 from accelerate import Accelerator, PartialState  # after seqgan.config, which silences a warning of its imports
 from accelerate.utils import broadcast_object_list, gather, reduce
 
@@ -71,6 +71,7 @@ def processes():
     "This process's index and how many there are: those that torchrun or accelerate launch started, connected when this is first asked; else (0, 1)."
     # A process may wait for a long time: for the one that measures, say. NCCL on GPUs, gloo on CPUs.
     state = PartialState(cpu=not torch.cuda.is_available(), **(dict(timeout=timedelta(hours=12)) if "WORLD_SIZE" in os.environ else {}))
+    atexit.register(state.destroy_process_group)  # gloo aborts a process that ends with work of a thread's still referenced, NCCL warns of it
     return state.process_index, state.num_processes
 
 def across(value, how="mean"):
@@ -109,8 +110,13 @@ def full_disk(error):
     "Whether an error of writing says that there is no room; safetensors' errors carry the number in their text."
     return getattr(error, "errno", None) in FULL or any(f"os error {number})" in str(error) for number in FULL)
 
+def explained(error, place):
+    "An error of writing at `place`; if it says that the disk is full, one that also says what to do."
+    if not full_disk(error) or "There is no room" in str(error): return error
+    return OSError(errno.ENOSPC, f"There is no room for {place} ({error}). Free some and run the same command again, it goes on from the newest checkpoint")
+
 def save_tensors(tensors, path):
-    "Write tensors, a dict by name, as one safetensors file that is whole or not there. Raises OSError that names the disk if it is full."
+    "Write tensors, a dict by name, as one safetensors file that is whole or not there. Raises OSError that names the file if the disk is full."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -118,16 +124,7 @@ def save_tensors(tensors, path):
         part.replace(path)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
-        if not full_disk(error): raise
-        raise OSError(errno.ENOSPC, f"There is no room for {path}: {shutil.disk_usage(path.parent).free / 1e9:.1f} GB are free. Free some and run the same command again, it goes on from the newest checkpoint") from error
-
-@cache
-def _sha256(path, modified):
-    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
-
-def file_digest(path):
-    "SHA-256 (hexadecimal) of a file, computed once as long as the file is not changed."
-    return _sha256(str(path), Path(path).stat().st_mtime_ns)
+        raise explained(error, path)
 
 # %% ../nbs/14_training.ipynb #95457a21
 STOP = threading.Event()  # set it, and every loop of this process saves its state and ends at its next step
@@ -273,7 +270,7 @@ class Loop:
                          for name, optimizer in self.optimizers.items()}
 
     def _save(self, t, must):
-        """Write checkpoint-<t> and remove those that are neither the newest two nor the best; whether it was written, as far as this process knows.
+        """Write checkpoint-<t> and remove what is not kept; whether it was written, as far as this process knows.
 
         On a full disk the older ones stay: a line, or, if it `must` be written, an error."""
         totals = self._totals()
@@ -292,10 +289,14 @@ class Loop:
             if not full_disk(error) or must: raise
             say(f"{self.folder.name}: {error}; the training goes on meanwhile, without a checkpoint of step {t}")
             return False
-        kept = [*self._checkpoints()[:2], self.folder / f"checkpoint-{self.best[1]}" if self.best else whole]
-        for old in self._checkpoints():
-            if old not in kept: shutil.rmtree(old)
+        self._prune()
         return True
+
+    def _prune(self):
+        "Remove the checkpoints that are neither the newest two nor the best."
+        newest = self._checkpoints()
+        for old in newest[2:]:
+            if not self.best or old.name != f"checkpoint-{self.best[1]}": shutil.rmtree(old)
 
     def _checkpoints(self):
         "The checkpoints of this run, the newest first."
@@ -345,6 +346,7 @@ class Loop:
         self.skipped, self.skips_in_a_row, self.best = state["skipped"], state["skips_in_a_row"], state["best"]
         self.sums = {name: tuple(values) for name, values in state["sums"].items()}
         if is_main():
+            self._prune()                                        # a process that is killed after it saved leaves one too many
             write_text(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in read_log(checkpoint.parent) if line["step"] <= state["step"]))
         say(f"{self.folder.name}: going on from step {state['step']} of {self.steps}")
         return state["step"]
