@@ -85,7 +85,7 @@ def extract_codes(tokenizer, images, labels, folder, source="", flip=False):
 
     Goes on where it was interrupted; several processes share the work. `source` says which images these are (a fingerprint). Raises ValueError for a folder
     with codes of other images or another tokenizer, or a disk that is too small, `seqgan.training.Stopped` when told to stop."""
-    folder, K, side = Path(folder), len(tokenizer.quantizer.codebook), [length // tokenizer.stride for length in images.shape[2:]]
+    folder, place, K, side = Path(folder), next(tokenizer.parameters()).device, len(tokenizer.quantizer.codebook), [length // tokenizer.stride for length in images.shape[2:]]
     kind, (rank, count) = np.dtype(np.int16 if K <= 2 ** 15 else np.int32), processes()
     stamp = dict(tokenizer=tokenizer.codes_digest(), K=K, shape=[1 + flip, len(images), *side], dtype=kind.name, chunk=CHUNK, source=source)
     def missing():
@@ -97,7 +97,7 @@ def extract_codes(tokenizer, images, labels, folder, source="", flip=False):
     with open(folder / "codes.npy", "r+b") as file, open(folder / "done.bin", "r+b") as done:
         def store(i, part, pixels):
             for mirrored in range(1 + flip):
-                codes = torch.cat([tokenizer.encode((x.flip(-1) if mirrored else x)).cpu() for x in (to_float(p).to(device()) for p in pixels.split(64))])
+                codes = torch.cat([tokenizer.encode((x.flip(-1) if mirrored else x)).cpu() for x in (to_float(p).to(place) for p in pixels.split(64))])
                 values = memoryview(codes.numpy().astype(kind).tobytes())
                 require(os.pwrite(file.fileno(), values, offset + (mirrored * len(images) + part.start) * row) == len(values), "codes", str(folder), "on a disk with room")
             os.fsync(file.fileno())
@@ -125,7 +125,7 @@ def read_codes(folder, tokenizer=""):
 def encode_folder(tokenizer, images, folder, size=None, flip=False):
     """`Codes` of all images in the folder `images`, sorted by path, written to `folder` beside names.txt with their paths; labels are numbers of class folders.
 
-    `size` is the side in pixels that the centre square of each image is resized to, the one that the tokenizer was trained at unless given. A broken image
+    They are computed where the tokenizer is: on a GPU after `tokenizer.to("cuda")`. `size` is the side in pixels that the centre square of each image is resized to, the one that the tokenizer was trained at unless given. A broken image
     is left out, or, of more than `seqgan.data.HELD` bytes of images, has the codes of the one that stands in for it; a line says which."""
     require(size or tokenizer.size, "size", size, "given: this tokenizer does not say which images it was trained on")
     data = resolve(Data(name=str(images), size=size or tokenizer.size))

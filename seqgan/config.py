@@ -396,8 +396,9 @@ PRESETS["smoke"] = PRESETS["tiny"] | {  # tiny with less of everything: seconds,
     "evaluation.samples": 64, "evaluation.reference": 128}
 
 _DATASETS = ("imagenet", "ffhq", "cat", "bedroom", "church")
-_GIVEN = {  # what differs between the datasets, as Tables 9 and 10 have it: setting -> where it is from, a value for each of them
+_GIVEN = {  # what differs between the datasets, as Tables 9 and 10 have it: setting -> where it is from, a value for each of them (None: the default's)
     "data.train":                   ("paper: Table 9, images; the folder's own number counts", 1_281_167, 60_000, 1_657_266, 3_033_042, 126_227),
+    "data.val":                     ("paper: Table 9, images; the folder's own number counts", 50_000, 10_000, None, None, None),
     "tokenizer_training.batch":     ("paper: Table 9", 256, 64, 64, 64, 32),
     "tokenizer_training.steps":     ("paper: Table 9", 500_000, 300_000, 26_000, 48_000, 4_000),
     "tokenizer_training.lr":        ("paper: Table 9", 1e-4, 1e-4, 5e-5, 5e-5, 5e-5),
@@ -413,7 +414,15 @@ _GIVEN = {  # what differs between the datasets, as Tables 9 and 10 have it: set
     "adversarial.start":            ("chosen: on LSUN the discriminator of the ImageNet tokenizer goes on, so it is listened to at once", 20_000, 20_000, 0, 0, 0),
     "adversarial.ramp":             ("chosen: as adversarial.start", 10_000, 10_000, 0, 0, 0),
 }
-PRESETS |= {f"paper-{dataset}": {setting: values[i] for setting, (_, *values) in _GIVEN.items()} for i, dataset in enumerate(_DATASETS)}
+_OTHERS = {  # what Tables 8 and 10 have for transformers other than AR: the preset is AR's
+    "transformer.causal":                  ("paper: Table 8, NAR", False),
+    "transformer.dim":                     ("paper: Table 8, AR-L and NAR-L", 1024),
+    "transformer.hidden":                  ("paper: Table 8, AR-L and NAR-L", 4096),
+    "transformer_training.decay":          ("paper: Table 10, NAR", "linear"),
+    "transformer_training.decay_start":    ("paper: Table 10, NAR", 50_000),
+    "transformer_training.lr_end":         ("paper: Table 10, NAR", 0.0),
+}
+PRESETS |= {f"paper-{dataset}": {setting: values[i] for setting, (_, *values) in _GIVEN.items() if values[i] is not None} for i, dataset in enumerate(_DATASETS)}
 
 def preset(name, changes=None):
     "The named preset as an `Experiment`, with `changes` as in `update`. Raises ValueError for an unknown name."
@@ -424,16 +433,18 @@ def preset(name, changes=None):
 def table(config=Experiment()):
     """All settings of an experiment as a data frame: value, and whether the paper gives it, we chose it, or a preset replaced it.
 
-    At the presets `paper-*`, which follow Tables 9 and 10, every value is "paper" or "chosen"."""
-    rows, default = {}, Experiment()
+    At the presets `paper-*`, which follow Tables 7 to 10, every value is "paper" or "chosen", also with the transformers of Table 8."""
+    rows, default, own = {}, Experiment(), PRESETS.get(config.preset, {})
     for group in fields(config):
         part = getattr(config, group.name)
         if not is_dataclass(part): continue
         for f in fields(part):
             value, reference = getattr(part, f.name), getattr(getattr(default, group.name), f.name)
             setting, source = f"{group.name}.{f.name}", f.metadata["source"]
-            if value != reference: source = f"{config.preset}: {reference!r} in the defaults"
-            if config.preset.startswith("paper-") and setting in _GIVEN and value == PRESETS[config.preset][setting]: source = _GIVEN[setting][0]
+            if value != reference: source = f"{f'preset {config.preset}' if value == own.get(setting) else 'changed'}: {reference!r} in the defaults"
+            if config.preset.startswith("paper-"):
+                if value == own.get(setting): source = _GIVEN[setting][0]
+                elif value == _OTHERS.get(setting, [None])[-1]: source = _OTHERS[setting][0]
             rows[setting] = dict(value=value, source=source)
     return pd.DataFrame.from_dict(rows, orient="index")
 

@@ -7,7 +7,7 @@ __all__ = ['RESIZE', 'SUFFIXES', 'FORMATS', 'PIXELS', 'ARCHIVES', 'TINY_IMAGENET
            'to_float', 'ImageSet', 'decode', 'unpack', 'resolve', 'Names', 'Files', 'subset', 'load', 'Batches']
 
 # %% ../nbs/02_data.ipynb #427b6f09
-import fcntl, gc, hashlib, os, re, shutil, signal, stat, tarfile, threading, warnings, zipfile
+import fcntl, gc, glob, hashlib, os, re, shutil, signal, stat, tarfile, threading, warnings, zipfile
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, get_worker_info
 
-from .config import digest, file_digest, generator, progress, require, root
+from .config import digest, file_digest, generator, progress, require, root, say
 from .shapes import draw_shapes, shapes_classes
 
 # %% ../nbs/02_data.ipynb #618ede55
@@ -46,7 +46,7 @@ class ImageSet:
 RESIZE = "centre square, Pillow bicubic with antialiasing"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-PIXELS = 2 ** 28 // 3                                                          # 268 MB decoded; Pillow warns from here on
+PIXELS = 2 ** 28 // 3                                                          # 358 MB in Pillow; it warns from here on
 
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of odd metadata, which is not read
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -61,8 +61,9 @@ def decode(file, size, place=(0.5, 0.5)):
     require(held or stat.S_ISREG(os.stat(file).st_mode), "file", str(file), "an ordinary file; pipes and devices may never end")
     with Image.open(BytesIO(file) if held else file, formats=FORMATS) as image:
         require(image.width * image.height <= PIXELS, "image size", image.size, f"at most {PIXELS:,} pixels")
+        deep = image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I")   # which Pillow scales to 16 bits
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I;16"): image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if deep: image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         require(image.mode not in ("I", "F"), "pixel format", image.mode, "8 or 16 bits a channel")
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -88,7 +89,7 @@ def _extract(file, zipped, into):
     with opened() as archive:
         for _, name, size, ordinary in progress(_members(archive), desc=f"reading {file.name}"):
             inside = ".." not in PurePosixPath(name.replace("\\", "/")).parts and not name.startswith(("/", "\\"))
-            require(inside and ordinary, "data", file.name, f"an archive of plain files that stay inside it; {name!r} does not, so nothing was unpacked")
+            require(inside and ordinary and size >= 0, "data", file.name, f"an archive of plain files that stay inside it; {name!r} does not, so nothing was unpacked")
             count, need = count + 1, need + size + 4096
     free = shutil.disk_usage(into.parent).free
     require(need < free, "data", file.name, f"it unpacks to {need / 1e9:,.1f} GB and {free / 1e9:,.1f} GB of the disk is free")
@@ -101,16 +102,18 @@ def unpack(archive):
 
     Unpacks if the folder does not exist. Raises ValueError for an archive that is damaged, larger than the free disk, or has members that are not plain files inside it."""
     suffix = next(s for s in ARCHIVES if archive.name.lower().endswith(s))
-    target, partly = archive.with_name(archive.name[:-len(suffix)]), archive.with_name(f".{archive.name}.unpacking")
+    target, hidden = archive.with_name(archive.name[:-len(suffix)]), f".{archive.name}.unpacking-{os.uname().nodename}-"
+    partly = archive.with_name(f"{hidden}{os.getpid()}")
     with open(archive, "rb") as file:
-        with suppress(OSError): fcntl.flock(file, fcntl.LOCK_EX)               # some network disks have no locks
+        with suppress(OSError):                                                # some network disks have no locks: then each unpacks, and the first is taken
+            fcntl.flock(file, fcntl.LOCK_EX)
+            for left in archive.parent.glob(glob.escape(hidden) + "*"): shutil.rmtree(left, ignore_errors=True)
         if not target.is_dir():
-            shutil.rmtree(partly, ignore_errors=True)
             try:
                 _extract(file, suffix == ".zip", partly)
                 partly.rename(target)
             except ValueError: raise
-            except Exception as error: require(False, "data", str(archive), f"it cannot be unpacked ({type(error).__name__}: {error})")
+            except Exception as error: require(target.is_dir(), "data", str(archive), f"it cannot be unpacked ({type(error).__name__}: {error})")
             finally: shutil.rmtree(partly, ignore_errors=True)
     tops = [p for p in target.iterdir() if not p.name.startswith((".", "__MACOSX"))]
     return tops[0] if len(tops) == 1 and tops[0].is_dir() else target
@@ -137,7 +140,9 @@ def _files(folder):
         if (at.st_dev, at.st_ino) in above: continue
         for entry in entries:
             if entry.name.startswith("."): continue
-            if entry.is_dir(): waiting.append((f"{inside}{entry.name}/", above | {(at.st_dev, at.st_ino)}))
+            try: below = entry.is_dir()
+            except OSError: below = False                                      # a link to itself, say
+            if below: waiting.append((f"{inside}{entry.name}/", above | {(at.st_dev, at.st_ino)}))
             else: yield inside + entry.name, entry
 
 def _listing(folder):
@@ -174,7 +179,7 @@ def _contents(data):
     large = [folder / d / "data.mdb" for d in _databases(folder)] or sorted(p for p in (_cifar10(folder) or Path(os.devnull)).glob("*batch*"))
     files = [(p.relative_to(folder).as_posix(), p.stat().st_size) for p in large] or _listing(folder)
     require(any(path not in TINY_IMAGENET for path, _ in files), "data", data.name, f"a folder with at least one image ({' '.join(SUFFIXES)})")
-    some = [_sha256(p, 100) for p in large] or [_sha256(folder / path) for path, size in files[::max(1, len(files) // 100)] if size > 0]
+    some = [_sha256(p, 100) for p in large] or [_sha256(folder / path, 100 * (size > 2 ** 26)) for path, size in files[::max(1, len(files) // 100)] if size > 0]
     return folder, name, files, digest(files, some)
 
 def resolve(data):
@@ -211,28 +216,27 @@ def _tiny_imagenet(folder, paths):
     names = {line.split("\t")[0]: line.split("\t")[-1].split(",")[0] for line in words}
     return train, {p: c for p, c in val.items() if p in present}, names
 
-def _numbers(paths):
+def _numbers(paths, top=""):
     "Path -> number, if all are called as FFHQ's, from the first to the last; else None."
     numbers = {}
     for path in paths:
-        match = re.fullmatch(r"(?:(\d{5})/)?(\d{5})\.\w+", path)
+        match = re.fullmatch(r"(?:(\d{5})/)?(\d{5})\.\w+", path.removeprefix(top))
         if not match or match[1] and int(match[1]) != int(match[2]) // 1000 * 1000: return None
         numbers[path] = int(match[2])
     return numbers if {0, FFHQ[1] - 1} <= set(numbers.values()) and max(numbers.values()) < FFHQ[1] else None
 
 def _layout(folder, paths):
-    "Two dicts from path to class, for training and for validation, and one from class to what it is called."
-    if (folder / TINY_IMAGENET[1]).exists(): return _tiny_imagenet(folder, paths)
-    tops = {p.split("/")[0] for p in paths if "/" in p}
+    "Two dicts from path to class, for training and for validation; one from class to what it is called; and in words which images are for validation."
+    if (folder / TINY_IMAGENET[1]).exists(): return *_tiny_imagenet(folder, paths), TINY_IMAGENET[1]
+    common = os.path.commonprefix([min(paths), max(paths)])
+    top = common[:common.rfind("/") + 1]                                       # the folder that all are in: where the dataset begins
+    tops = {p.removeprefix(top).split("/")[0] for p in paths if "/" in p.removeprefix(top)}
     held = [name for name in ("val", "valid", "validation", "test") if name in tops]
-    if "train" in tops and held:
-        more = tops - {"train", *held}
-        if more: warnings.warn(f"{folder.name}: images outside train/ and {held[0]}/ are left out: {', '.join(sorted(more)[:3])}")
-        return _by_class(paths, "train/"), _by_class(paths, held[0] + "/"), {}
-    if numbers := _numbers(paths): return {p: "" for p in paths if numbers[p] < FFHQ[0]}, {p: "" for p in paths if numbers[p] >= FFHQ[0]}, {}
-    every = _by_class(paths, "train/" if tops == {"train"} else "")
+    if "train" in tops and held: return _by_class(paths, f"{top}train/"), _by_class(paths, f"{top}{held[0]}/"), {}, f"{top}{held[0]}/"
+    if numbers := _numbers(paths, top): return {p: "" for p in paths if numbers[p] < FFHQ[0]}, {p: "" for p in paths if numbers[p] >= FFHQ[0]}, {}, "the last 10,000, as FFHQ has it"
+    every = _by_class(paths, top)
     val = dict(zip(every, _held_out(map(os.fsencode, every))))
-    return {p: c for p, c in every.items() if not val[p]}, {p: every[p] for p in sorted(every) if val[p]}, {}
+    return {p: c for p, c in every.items() if not val[p]}, {p: every[p] for p in sorted(every) if val[p]}, {}, "a fixed twentieth"
 
 # %% ../nbs/02_data.ipynb #0a122cf6
 class Names:
@@ -355,7 +359,7 @@ class Files:
     labels: torch.Tensor
     size: int
     rows: torch.Tensor
-    told: set = field(default_factory=set)                                     # the broken files that this process has spoken of
+    told: dict = field(default_factory=dict)                                   # the broken files that were spoken of, and what was said
 
     dtype, ndim = torch.uint8, 4
 
@@ -378,6 +382,12 @@ class Files:
             with ThreadPoolExecutor(_cores()) as pool: list(pool.map(fill, range(len(chosen))))
         return torch.from_numpy(images).view(*rows.shape, *self.shape[1:])
 
+    def tell(self, lines):
+        "Print `lines`, a dict by image, unless something was said of that image. A worker leaves that to the process it works for."
+        for i, line in lines.items():
+            if i not in self.told and not get_worker_info(): print(f"{line}\n", end="", flush=True)
+            self.told.setdefault(i, line)
+
     def _decoded(self, i, place):
         "Image i, or the next one of its class that can be decoded."
         try: return decode(self.read(self.names[i]), self.size, place)
@@ -386,8 +396,7 @@ class Files:
         for j in torch.cat([same[same > i], same[same < i]]).tolist():
             try: image = decode(self.read(self.names[j]), self.size, place)
             except Exception: continue
-            if i not in self.told: print(f"{_shown(self.names[i])} cannot be decoded ({_shown(why[:200])}): {_shown(self.names[j])} stands in for it\n", end="", flush=True)
-            self.told.add(i)
+            self.tell({i: f"{_shown(self.names[i])} cannot be decoded ({_shown(why[:200])}): {_shown(self.names[j])} stands in for it"})
             return image
         require(False, "data", _shown(self.names[i]), f"an image that can be decoded ({why}), or another one of its class; of {len(same)} none can")
 
@@ -400,13 +409,17 @@ def _path(folder, name): return os.path.join(folder, os.fsdecode(name))
 
 def _from_files(folder, split, files, name):
     "Names, labels, classes and a reader of a split of a folder."
-    train, val, called = _layout(folder, [path for path, _ in files if path not in TINY_IMAGENET])
-    chosen, apart = {"train": train, "val": val, "all": train | val}[split], all(p.startswith("train/") for p in train) and not any(p.startswith("train/") for p in val)
-    classes = sorted(set(train.values()) | (set() if apart else set(val.values())))     # held out of one tree, a class may have all its images on one side
-    strange = [c or "images in no folder" for c in sorted(set(chosen.values()) - set(classes))]
-    require(not strange, "data", name, f"the class folders of train/ for validation too; it has besides: {', '.join(strange[:3])}")
+    paths = [path for path, _ in files if path not in TINY_IMAGENET]
+    train, val, called, how = _layout(folder, paths)
+    strange = [_shown(c) if c else "images in no folder" for c in sorted(set(val.values()) - set(train.values()))]
+    require(split == "all" or not strange or not how.endswith("/"), "data", name, f"the class folders of train/ in {how} too; there are besides: {', '.join(strange[:3])}. Sort the images of {how} into class folders, or take it away, and a fixed twentieth is held out")
+    chosen = {"train": train, "val": val, "all": dict.fromkeys(paths, "") | train | val}[split]
+    classes = sorted({*train.values(), *val.values(), *chosen.values()})                # held out of one tree, a class may have all its images on one side
+    if split == "train":
+        left = len(paths) - len(train) - len(val)
+        say(f"{_shown(folder.name)}: {len(train):,} images for training, {len(val):,} for validation ({_shown(how)}), classes: {len(classes):,}" + (f"; {left:,} others are left out" if left else ""))
     paths, number = sorted(chosen), {c: i for i, c in enumerate(classes)}
-    return (Names(map(os.fsencode, paths)), np.array([number[chosen[p]] for p in paths], np.int64), [called.get(c, c or folder.resolve().name) for c in classes],
+    return (Names(map(os.fsencode, paths)), np.array([number[chosen[p]] for p in paths], np.int64), [_shown(called.get(c, c or folder.resolve().name)) for c in classes],
             partial(_path, folder))
 
 @cache
@@ -440,8 +453,11 @@ class _Ahead:
     "The batches as a reader's processes send them: bytes, a quarter of what the numbers would be."
     def __init__(self, batches): self.batches = batches
     def __getitem__(self, step):
-        try: return self.batches.pixels(step)
+        told = self.batches.images.told
+        before = set(told)
+        try: pixels, labels = self.batches.pixels(step)
         except ValueError as error: return error                   # raised where it is received, without the traceback of a worker
+        return pixels, labels, {i: line for i, line in told.items() if i not in before}
 
 class Batches:
     """Step -> (float images (batch, 3, H, W) in [-1, 1], int64 labels (batch,)), a pure function of `seed` and the step.
@@ -499,7 +515,8 @@ class Batches:
                 if last: raise
                 print(f"a process that reads images has ended ({type(error).__name__}); step {step} is read anew", flush=True)
         if isinstance(found, ValueError): raise found
-        pixels, labels = found
+        pixels, labels, lines = found
+        self.images.tell(lines)
         self.next = step + 1
         images = torch.empty(pixels.shape, pin_memory=torch.cuda.is_available())       # from pinned memory the way to the GPU is short
         return images.copy_(pixels).div_(127.5).sub_(1), labels

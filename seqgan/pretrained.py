@@ -42,8 +42,9 @@ def find(source, revision=None):
     return folder / CONFIG, folder / WEIGHTS
 
 def brief(error):
-    "The first line of an error's message; of a long one, its beginning and its end."
+    "The first line of an error's message, without control characters; of a long one, its beginning and its end."
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".") + "."
+    line = "".join(c if c.isprintable() else "?" for c in line)      # a file may have any names in it
     return line if len(line) <= 600 else f"{line[:300]} ... {line[-300:]}"
 
 # %% ../nbs/03_pretrained.ipynb #4102eb23

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import random
+import re
 import resource
 import signal
 import stat
@@ -66,7 +67,7 @@ def chunk(kind, body):
 
 
 def claims(width, height):
-    "Small files that claim so many pixels: PNG, BMP, GIF, PPM, TIFF, WEBP."
+    "Small files that claim so many pixels: PNG, BMP, PPM, TIFF; GIF and JPEG as far as they can; WEBP, which can't go far."
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(10 ** 6))) + chunk(b"IEND", b"")
     bmp = bytearray(encoded(1, "BMP"))
     bmp[18:26] = struct.pack("<ii", width, height)
@@ -81,9 +82,16 @@ def claims(width, height):
                 tif[entry + 2:entry + 12] = struct.pack("<HII", 4, 1, value)
     made = {"a.png": png, "b.bmp": bytes(bmp), "d.ppm": b"P6 %d %d 255\n" % (width, height) + bytes(1000), "e.tif": bytes(tif)}
     if max(width, height) < 2 ** 16:
-        gif = bytearray(encoded(1, "GIF"))
+        gif, jpeg = bytearray(encoded(1, "GIF")), bytearray(encoded(1, "JPEG"))
         gif[6:10] = struct.pack("<HH", width, height)
-        made["c.gif"] = bytes(gif)
+        at = jpeg.index(b"\xff\xc0")
+        jpeg[at + 5:at + 9] = struct.pack(">HH", height, width)
+        made |= {"c.gif": bytes(gif), "f.jpg": bytes(jpeg)}
+    if max(width, height) < 2 ** 14:
+        webp = bytearray(encoded(1, "WEBP"))                                       # the frame of a VP8 stream
+        at = webp.index(b"\x9d\x01\x2a")
+        webp[at + 3:at + 7] = struct.pack("<HH", width, height)
+        made["g.webp"] = bytes(webp)
     return made
 
 
@@ -110,12 +118,13 @@ def hostile(folder):
         (folder / name).write_bytes(content)
     (folder / os.fsdecode(b"not-utf8-\xff.jpg")).write_bytes(b"")
     (folder / "nowhere.jpg").symlink_to("nothing")
+    (folder / "itself.jpg").symlink_to("itself.jpg")
     (folder / "endless.jpg").symlink_to("/dev/zero")
     os.mkfifo(folder / "pipe.jpg")
     (folder / "directory.jpg").mkdir()
     (folder / "wrong-suffix.jpg").write_bytes(encoded(200, "PNG"))  # an image all the same
     (folder / "exif.jpg").write_bytes(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:])
-    return len(bad) + 4
+    return len(bad) + 5
 
 
 def test_hostile_folder(tmp_path, capfd):
@@ -173,8 +182,8 @@ def test_a_file_vanishes_while_workers_read(tmp_path, capfd):
         while i in gone:
             i = next(j for j in [*range(i + 1, len(train)), *range(len(train))] if all_labels[j] == all_labels[i])
         assert torch.equal(last[k], D.to_float(before[i]))
-    out = capfd.readouterr().out
-    assert "FileNotFoundError" in out and "stands in for it" in out
+    lines = [line for line in capfd.readouterr().out.splitlines() if "stands in for it" in line]
+    assert len(lines) == len(set(lines)) == len(gone) and all("FileNotFoundError" in line for line in lines)    # once each, whichever worker met it first
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -219,8 +228,8 @@ def running(pid):
 def test_workers_end_with_their_parent(child, tmp_path, how):
     fill(tmp_path / "images", 40)
     process = child(sys.executable, "-c", STREAM, str(tmp_path / "images"), how, start=True)
-    line = process.stdout.readline()
-    assert line.startswith("workers "), line + process.stdout.read()
+    said, line = process.stdout.readline(), process.stdout.readline()
+    assert "for training" in said and line.startswith("workers "), said + line + process.stdout.read()
     pids = [int(pid) for pid in line.split()[1:]]
     assert len(pids) == min(D._cores(), D.WORKERS)
     if how == "wait":
@@ -287,6 +296,35 @@ def tarred(path, *members, special=()):
             info.type, info.linkname = kind, target
             archive.addfile(info)
     return path
+
+
+def test_negative_size_in_a_tar(tmp_path):
+    "It would lead the reader back to the same header, for ever."
+    path = tarred(tmp_path / "a.tar", "good.png", "bad.png")
+    content, at = bytearray(path.read_bytes()), 512 * (1 + -(-len(encoded(1)) // 512))      # the second header
+    content[at + 124:at + 136] = (256 ** 12 - 512).to_bytes(12, "big")
+    content[at + 148:at + 156] = b" " * 8
+    content[at + 148:at + 156] = b"%06o\0 " % sum(content[at:at + 512])
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="'bad.png' does not, so nothing was unpacked"):
+        unpack(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_unpacking_without_locks(tmp_path, monkeypatch):
+    "Where a disk has none, a process that finds the folder there when it has unpacked takes that."
+    path = zipped(tmp_path / "a.zip", "cat/1.png", "dog/2.png")
+    monkeypatch.setattr(D.fcntl, "flock", lambda *_: os.close(-1))
+    extract = D._extract
+    def slow(*how):
+        extract(*how)
+        if not (tmp_path / "a").exists():
+            with monkeypatch.context() as other:                                    # a process, meanwhile
+                other.setattr(os, "getpid", lambda: 1)
+                other.setattr(D, "_extract", extract)
+                unpack(path)
+    monkeypatch.setattr(D, "_extract", slow)
+    assert unpack(path) == tmp_path / "a" and sorted(p.name for p in tmp_path.iterdir()) == ["a", "a.zip"]
 
 
 @pytest.mark.parametrize("name", ["../evil.png", "/seqgan-evil.png", "a/../../evil.png", "..\\evil.png", "//evil.png", ".."])
@@ -460,6 +498,30 @@ def test_ffhq(tmp_path, monkeypatch, name):
     assert (values(train.images), values(val.images), len(train.classes)) == (list(range(8)), list(range(8, 12)), 1)
 
 
+def test_what_a_folder_holds_is_said(tmp_path, capfd):
+    "One level above the dataset, with images that belong to no class; all of them are there when all are asked for."
+    fill(tmp_path / "in" / "pets", 40, ("cat", "dog"))
+    for name in ("stray.png", "another.png"):
+        (tmp_path / "in" / "pets" / name).write_bytes(encoded(9))
+    train, val, every = (load(Data(str(tmp_path), size=12), split) for split in ("train", "val", "all"))
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if "for training" in line]
+    assert line == f"{tmp_path.name}: {len(train)} images for training, {len(val)} for validation (a fixed twentieth), classes: 2; 2 others are left out"
+    assert train.classes == ("cat", "dog") and len(train) + len(val) == 40
+    assert len(every) == 42 and every.labels.bincount().tolist() == [2, 20, 20]
+    (tmp_path / "in" / "pets" / "train").mkdir()
+    (tmp_path / "in" / "pets" / "train" / "cat").mkdir()
+    for at in ("train/cat/1.png", "val.png"):
+        (tmp_path / "in" / "pets" / at).write_bytes(encoded(1))
+    for at in ("cat", "dog"):
+        (tmp_path / "in" / "pets" / at).rename(tmp_path / at)
+    (tmp_path / "in" / "pets" / "val").mkdir()
+    (tmp_path / "in" / "pets" / "val" / "1.png").write_bytes(encoded(1))
+    for split in ("train", "val"):
+        with pytest.raises(ValueError, match="images in no folder. Sort the images of val/ into class folders"):
+            load(Data(str(tmp_path / "in" / "pets"), size=12), split)
+    assert len(load(Data(str(tmp_path / "in" / "pets"), size=12), "all")) == 5
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_shares_interleaved_are_the_batch(tmp_path, processes):
     fill(tmp_path, 50, ("cat", "dog"))
@@ -552,6 +614,7 @@ def test_fuzz(child, tmp_path, capsys):
     code = "import sys; sys.path.insert(0, 'tests'); import test_data; test_data.fuzz(int(sys.argv[1]), sys.argv[2])"
     result = child(sys.executable, "-c", code, str(count), str(tmp_path / "files"), cwd=ROOT)
     assert result.returncode == 0 and f"fuzz: {count} files tried" in result.stdout, (result.returncode, result.stdout[-3000:])
+    assert float(re.search("memory at most (.*) GB", result.stdout)[1]) < 3                # and it came to its end, so nothing hung
     with capsys.disabled():
         print("\n" + next(line for line in result.stdout.splitlines() if line.startswith("fuzz:")))
     with warnings.catch_warnings():

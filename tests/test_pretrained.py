@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from seqgan.codes import encode_folder
 from seqgan.config import preset
 from seqgan.features import weights_digest
 from seqgan.pretrained import model_card
@@ -196,6 +198,19 @@ def test_weights_refused(folder):
         refused("model.safetensors can't be used.*" + sentence + ".*weights of the configuration in .*config.json", folder)
     save_file({n: w for n, w in weights.items() if n != name}, path)
     refused("codebook is missing, not F32", folder)
+    save_file(weights | {"\x1b]0;title\x07": torch.zeros(2)}, path)                      # what a terminal would obey
+    refused(r"\?]0;title\? is F32 \(2,\), not known", folder)
+
+
+def test_codes_are_computed_where_the_tokenizer_is(folder, tmp_path, monkeypatch):
+    "As it is loaded, that is the CPU, whatever else the machine has."
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(3): Image.new("RGB", (20, 20), (90 * i, 0, 200)).save(images / f"{i}.png")
+    tokenizer = Tokenizer.from_pretrained(folder)
+    expected = encode_folder(tokenizer, images, tmp_path / "codes", size=16).codes
+    monkeypatch.setattr("seqgan.codes.device", lambda: torch.device("meta"))
+    assert torch.equal(encode_folder(tokenizer, images, tmp_path / "again", size=16).codes, expected)
 
 
 class Trap:
