@@ -12,7 +12,7 @@ from .config import PRESETS, home, is_main, preset, require, say
 from .experiment import Busy, Study, is_finished, plan, record, resolved, run_folder
 from .report import TABLES, transformers
 from .reproduce import listing, reproduce, whole_study
-from .training import STOP, Stopped, anyone, explained, processes
+from .training import STOP, Stopped, anyone, disconnect, explained, processes
 
 # %% ../nbs/20_command.ipynb #a224530b
 def settings(pairs):
@@ -77,22 +77,23 @@ def main(argv=None):
             changes = {"data.name": a.data, "seed": a.seed, "phase": a.phase} | ({"tokenizer_training.start": a.start} if a.start else {}) | settings(a.set)
             c = resolved(preset(a.preset, transformers(preset(a.preset, changes))[a.transformer] | changes))
             require(a.until in ("", *plan(c)), "--until", a.until, f"one of {', '.join(plan(c))}")
-            listed = "\n".join(f"{'done' if is_finished(folder) else 'to do':6} {folder}" for folder in (run_folder(kind, *how) for kind, how in plan(c).items()))
+            listed = lambda: "\n".join(f"{'done' if is_finished(folder) else 'to do':6} {folder}" for folder in (run_folder(kind, *how) for kind, how in plan(c).items()))
         else:
             require(a.seeds >= 1, "seeds", a.seeds, "at least 1")
             rows = [row for row in whole_study(a.preset, a.data, a.seeds) if row.table in a.tables]
-            listed = listing(rows)
+            listed = lambda: listing(rows)
     except (ValueError, FileNotFoundError) as error: parser.error(str(error))
-    say(listed)
+    if is_main(): say(listed())
     if a.dry_run: return 0
     stop_on_signals()
     try:
         if a.command == "train": train(c, a.until)
-        elif not reproduce(rows, a.minutes): say(listing(rows).splitlines()[-1])
+        elif not reproduce(rows, a.minutes) and is_main(): say(listing(rows).splitlines()[-1])
     except Stopped as stopped: say(stopped)
     except (ValueError, OSError, FloatingPointError, Busy) as error:
         print(f"seqgan{'' if is_main() else f', process {processes()[0]}'}: {explained(error, home())}", file=sys.stderr, flush=True)
         return 1
+    disconnect()
     return 0
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())  # a notebook has no file

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .config import Data, device, is_main, progress, require, say
+from .config import Data, device, progress, require, say
 from .data import load, resolve, to_float
-from .training import STOP, Stopped, alone, anyone, processes, write_json
+from .training import STOP, Stopped, agreed, alone, anyone, processes, write_json
 
 # %% ../nbs/15_codes.ipynb #ebff7345
 def batched(function, images):
@@ -102,11 +102,13 @@ def extract_codes(tokenizer, images, labels, folder, source="", flip=False):
                 require(os.pwrite(file.fileno(), values, offset + (mirrored * len(images) + part.start) * row) == len(values), "codes", str(folder), "on a disk with room")
             os.fsync(file.fileno())
             os.pwrite(done.fileno(), b"\1", i)                                    # after the codes are on the disk
+            os.fsync(done.fileno())
 
         decoded = _decoded(images, parts)
         for n in progress(range(rounds), desc=f"codes, {count * CHUNK} images each"):
             if n < len(mine): store(mine[n], parts[n], next(decoded))
             if anyone(STOP.is_set()): raise Stopped(f"{folder} stopped; the same command goes on from there")
+    agreed(None)                                                                  # until all have written
     return read_codes(folder, tokenizer.codes_digest())
 
 def read_codes(folder, tokenizer=""):
@@ -131,5 +133,5 @@ def encode_folder(tokenizer, images, folder, size=None, flip=False):
     data = resolve(Data(name=str(images), size=size or tokenizer.size))
     every = load(data, "all")
     codes = extract_codes(tokenizer, every.images, every.labels, folder, f"{data.fingerprint} {data.size}", flip)
-    if is_main(): (Path(folder) / "names.txt").write_bytes(b"".join(name.replace(b"\n", b"?") + b"\n" for name in every.names))
+    alone(lambda: (Path(folder) / "names.txt").write_bytes(b"".join(name.replace(b"\n", b"?") + b"\n" for name in every.names)))
     return codes

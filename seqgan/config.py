@@ -493,7 +493,7 @@ def device():
 
 def precision():
     "'bf16' where the hardware has it, else 'no' (float32): the names that Accelerate uses."
-    if torch.cuda.is_available(): return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    if torch.cuda.is_available(): return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     probes = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("avx512_bf16", "amx_tile"))
     return "bf16" if any(probe() for probe in probes) else "no"
 

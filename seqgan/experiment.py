@@ -103,12 +103,12 @@ def run_folder(kind, settings, module="recipes"):
 def is_finished(folder): return (folder / "metrics.json").exists()
 
 def _finished(folder):
-    "Whether a run is finished, the same answer in every process. Raises FileNotFoundError if it was, and has lost a file since."
+    "Whether a run is finished, as the first process finds it: `alone`. Raises FileNotFoundError if it was, and has lost a file since."
     try: files = json.loads((folder / "metrics.json").read_text())["files"] if is_finished(folder) else {}
     except (ValueError, KeyError, TypeError) as error: raise ValueError(f"{folder / 'metrics.json'} is damaged ({error}). Delete the folder to compute it again.") from error
     lost = [name for name, size in files.items() if not (folder / name).exists() or (folder / name).stat().st_size != size]
     if lost: raise FileNotFoundError(f"{folder} was finished, but its {lost[0]} is missing or not what was written. Put it back, or delete the folder to compute it again.")
-    return agreed(is_finished(folder))
+    return is_finished(folder)
 
 def run(kind, settings, compute, module="recipes"):
     """The folder of the run `kind` with `settings` (a dict), computed by `compute(folder) -> metrics` unless it is finished already.
@@ -116,12 +116,12 @@ def run(kind, settings, compute, module="recipes"):
     An interrupted run goes on from its checkpoint; the best one stays as best/. A run of the same settings by other code is named and left alone.
     Every one of several processes computes; the first one writes. Raises OSError with a sentence if the disk is full."""
     folder, code = run_folder(kind, settings, module), source_digest(module)
-    if _finished(folder) and not agreed(any(folder.glob("checkpoint-*"))): return folder
+    if alone(lambda: _finished(folder) and not any(folder.glob("checkpoint-*"))): return folder
     with locked(folder):
-        if _finished(folder):
-            if is_main(): keep_best(folder)  # the process that computed it was killed after it had finished
-            return folder
-        if is_main():
+        def begin():
+            if _finished(folder):
+                keep_best(folder)  # the process that computed it was killed after it had finished
+                return False
             for part in [p for p in folder.rglob(".*") if p.name != ".lock"]:  # what a process left that was killed while it wrote
                 shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
             write_json(folder / "config.json", dict(kind=kind, settings=json.loads(json.dumps(settings, default=asdict)), settings_digest=digest(kind, settings), code=code, revision=revision()))
@@ -130,19 +130,21 @@ def run(kind, settings, compute, module="recipes"):
                 except ValueError: continue  # a damaged one is nobody's business here
                 if other.parent != folder and made["settings_digest"] == digest(kind, settings):
                     say(f"{kind}: {other.parent.name} has these settings but was made by other code (revision {made.get('revision', 'unknown')}, which goes on with it); computing anew")
-        say(f"{folder.name}: started")
-        start = time.monotonic()
-        try:
-            metrics = compute(folder)
-            if is_main():
-                inside = {p.relative_to(folder): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-                files = {p.as_posix(): size for p, size in inside.items() if not p.parts[0].startswith((".", "checkpoint-", "damaged-", "events.")) and p.suffix != ".md"}  # cards are edited
-                say(f"{folder.name}: finished in {time.monotonic() - start:.0f} s")
-                write_json(folder / "metrics.json", dict(metrics=metrics, seconds=time.monotonic() - start, hardware=hardware(), versions=versions(), revision=revision(), code=code, files=files))
-                keep_best(folder)  # not before: until the line above, a run that is killed goes on from its checkpoint
-        except (OSError, SafetensorError) as error:
-            raise explained(error, folder)
-        agreed(None)
+            say(f"{folder.name}: started")
+            return True
+        def end():
+            inside = {p.relative_to(folder): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+            files = {p.as_posix(): size for p, size in inside.items() if not p.parts[0].startswith((".", "checkpoint-", "damaged-", "events.")) and p.suffix != ".md"}  # cards are edited
+            say(f"{folder.name}: finished in {time.monotonic() - start:.0f} s")
+            write_json(folder / "metrics.json", dict(metrics=metrics, seconds=time.monotonic() - start, hardware=hardware(), versions=versions(), revision=revision(), code=code, files=files))
+            keep_best(folder)  # not before: until the line above, a run that is killed goes on from its checkpoint
+        if alone(begin):
+            start = time.monotonic()
+            try:
+                metrics = compute(folder)
+                alone(end)
+            except (OSError, SafetensorError) as error:
+                raise explained(error, folder)
     return folder
 
 def metrics_of(folder):
@@ -235,9 +237,10 @@ class Study:
         (vgg, _), perceptual = self.vgg, self.plan["warmup"][0]["perceptual"]
         def compute(folder):
             metrics = train_tokenizer(replace(self.config, perceptual=perceptual), self.train, vgg, folder, self.val, until=perceptual.warmup)
-            if is_main():
+            def keep():
                 shutil.rmtree(folder / "end", ignore_errors=True)
                 shutil.copytree(folder / f"checkpoint-{perceptual.warmup}", folder / "end")  # a name that `run` does not clear away
+            alone(keep)
             return metrics
         return self._run("warmup", compute)
 
@@ -254,11 +257,10 @@ class Study:
         "`metrics`, which the README.md of the model in the folder of a run tells now too."
         c, kind = self.config, {"ar": "autoregressive transformer", "nar": "masked transformer"}.get(folder.name.split("-")[0], "tokenizer")
         numbers, parts = {k: v for k, v in metrics.items() if k != "protocol"}, ("autoencoder", "quantizer", "perceptual") if kind == "tokenizer" else ("transformer", "transformer_training")
-        if is_main():
-            write_text(folder / "model" / "README.md", model_card(
+        alone(lambda: write_text(folder / "model" / "README.md", model_card(
                 kind, data=dict(name=dataset_name(c.data), fingerprint=c.data.fingerprint, size=c.data.size, training=len(self.train), validation=len(self.val)), preset=c.preset,
                 settings={name: asdict(getattr(c, name)) for name in parts}, metrics=numbers, protocol=metrics.get("protocol"),
-                made=hardware() | versions() | {"revision": revision(), "seed": c.seed}))
+                made=hardware() | versions() | {"revision": revision(), "seed": c.seed})))
         return metrics
 
     @cached_property
@@ -316,18 +318,20 @@ class Study:
         def compute(folder):
             from seqgan.metrics import balanced_labels
             labels, net, parts = balanced_labels(c.evaluation.samples, len(self.classes)), for_drawing(transformer), []
+            if agreed((folder / "codes.safetensors").exists()): return {"samples": len(labels)}  # killed after the last line but one
             for rows in torch.arange(len(labels)).split(5000):
                 file = folder / f"part-{rows[0]}.safetensors"
                 if not agreed(file.exists()):
                     share = torch.arange(-(-len(rows) // count) * count).clamp(max=len(rows) - 1)[rank::count]  # as many for each; the last one may be drawn again
                     drawn = sample_many(net, labels[rows[share]], sampler_of(c), c.seed, indices=rows[share], sample=sample if c.transformer.causal else sample_masked)
                     drawn = interleaved(drawn.to(device()))[:len(rows)].cpu()
-                    if is_main(): save_tensors({"codes": drawn.to(torch.int32)}, file)
+                    alone(lambda: save_tensors({"codes": drawn.to(torch.int32)}, file))
                     if anyone(STOP.is_set()): raise Stopped(f"{folder.name} stopped with {int(rows[-1]) + 1} of {len(labels)} drawn; the same command goes on from there")
                 parts.append(file)
-            if is_main():
+            def join():
                 save_tensors({"codes": torch.cat([load_file(file)["codes"] for file in parts])}, folder / "codes.safetensors")
                 for file in parts: file.unlink()
+            alone(join)
             return {"samples": len(labels)}
         return self._run("codes", compute)
 
@@ -400,6 +404,5 @@ def record(study):
         seconds={name: f["seconds"] for name, f in finished.items()},
         hardware=last["hardware"], versions=last["versions"], revision=last["revision"], code=source_digest("experiment"))
     file = record_file(c)
-    if is_main(): write_json(file, value)
-    agreed(None)  # nobody reads the records before it is there
+    alone(lambda: write_json(file, value))
     return value | {"file": str(file)}

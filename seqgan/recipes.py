@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from .autoregressive import next_code_loss
 from .codes import batched
-from .config import device, generator, is_main, progress, require, seed_of
+from .config import device, generator, progress, require, seed_of
 from .data import Batches, ImageSet, subset, to_float
 from .discriminator import Discriminator, bounded, d_loss, g_loss, r1_penalty, ramp
 from .layers import BDAttention, ResidualBlock, recompute
@@ -26,7 +26,7 @@ from .masked import masked_code_loss, random_mask
 from .perceptual import PerceptualLoss
 from .quantizer import count_codes, entropy, perplexity, usage
 from .tokenizer import Tokenizer
-from .training import Loop, across, agreed, cosine, exponential, interleaved, linear, one_cycle, processes, read_log, save_tensors
+from .training import Loop, across, agreed, alone, cosine, exponential, interleaved, linear, one_cycle, processes, read_log, save_tensors
 from .transformer import Transformer, parameter_groups
 from accelerate.utils import broadcast  # after seqgan.config, which silences a warning of its imports
 
@@ -61,7 +61,7 @@ def train_classifier(network, config, train, val, folder, seed):
 
     loop.run(step)
     network.freeze().to(memory_format=torch.contiguous_format)
-    if is_main(): save_tensors(network.state_dict(), folder / "model.safetensors")
+    alone(lambda: save_tensors(network.state_dict(), Path(folder) / "model.safetensors"))
     predicted = batched(lambda x: logits_of(network, x).argmax(1), val.images)
     return agreed({"accuracy": (predicted == val.labels).float().mean().item(), "classes": len(val.classes), "skipped": loop.skipped})
 
@@ -143,10 +143,11 @@ def _fit(tokenizer, discriminator, T, A, loss_at, config, train, val, folder, be
 
     loop.run(step, validate if val else None, best="val_loss", **shared)
     if loop.averages: tokenizer = loop.averages["tokenizer"].module
-    if is_main():
-        save_tensors(discriminator.state_dict(), folder / "model" / "discriminator.safetensors")
-        tokenizer.freeze().save_pretrained(folder / "model")
-    return agreed(is_main() and {name: value for name, value in read_log(folder)[-1].items() if name in ("adversarial_scale", "skipped")})  # the others wait for the files
+    def save():
+        save_tensors(discriminator.state_dict(), Path(folder) / "model" / "discriminator.safetensors")
+        tokenizer.freeze().save_pretrained(Path(folder) / "model")
+        return {name: line[name] for line in read_log(folder)[-1:] for name in ("adversarial_scale",) if name in line} | {"skipped": loop.skipped}
+    return alone(save)
 
 # %% ../nbs/16_recipes.ipynb #7b8d7dd8
 def train_tokenizer(config, train, vgg, folder, val=None, until=None, start=None):
@@ -266,5 +267,7 @@ def train_transformer(config, train, val, classes, folder):
 
     model.train()
     loop.run(step, validate, best="val_loss")
-    if is_main(): transformer.requires_grad_(False).eval().save_pretrained(folder / "model")
-    return agreed(is_main() and {name: value for name, value in read_log(folder)[-1].items() if name.startswith("val_")} | {"skipped": loop.skipped})
+    def save():
+        transformer.requires_grad_(False).eval().save_pretrained(Path(folder) / "model")
+        return {name: value for name, value in read_log(folder)[-1].items() if name.startswith("val_")} | {"skipped": loop.skipped}
+    return alone(save)

@@ -89,8 +89,10 @@ def draw(table, rows):
     "Write the picture that belongs to a table, if there is one, of the rows of one seed whose runs are all there: reports/figure5.png or figure9.png."
     if table not in PICTURES: return
     name, figure = PICTURES[table]
-    there = [row for row in rows if all(is_finished(run_folder(kind, *settings)) for c in row.studies.values() for kind, settings in plan(c).items())]
-    if there: save_figure(figure({row.name: {t: Study(c) for t, c in row.studies.items()} for row in there}), home() / "reports" / f"{name}.png")
+    there = agreed([all(is_finished(run_folder(kind, *settings)) for c in row.studies.values() for kind, settings in plan(c).items()) for row in rows])
+    if any(there):
+        picture = figure({row.name: {t: Study(c) for t, c in row.studies.items()} for row, whole in zip(rows, there) if whole})
+        alone(lambda: save_figure(picture, home() / "reports" / f"{name}.png"))
 
 # %% ../nbs/19_reproduce.ipynb #d1429786
 def reproduce(rows, minutes=None):

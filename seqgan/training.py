@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FULL', 'STOP', 'cosine', 'exponential', 'linear', 'one_cycle', 'write_text', 'write_json', 'read_log', 'processes',
-           'across', 'anyone', 'interleaved', 'agreed', 'alone', 'full_disk', 'explained', 'save_tensors', 'Stopped',
-           'Loop', 'keep_best']
+           'disconnect', 'across', 'anyone', 'interleaved', 'agreed', 'alone', 'full_disk', 'explained', 'save_tensors',
+           'Stopped', 'Loop', 'keep_best']
 
 # %% ../nbs/14_training.ipynb #38a4faee
 import atexit, errno, json, math, os, shutil, threading, time
@@ -69,10 +69,16 @@ def read_log(folder):
 @cache
 def processes():
     "This process's index and how many there are: those that torchrun or accelerate launch started, connected when this is first asked; else (0, 1)."
+    require(not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes"), "ACCELERATE_USE_CPU", os.environ.get("ACCELERATE_USE_CPU"),
+            "not set where there is a GPU: CUDA_VISIBLE_DEVICES='' hides the GPU instead")
     # A process may wait for a long time: for the one that measures, say. NCCL on GPUs, gloo on CPUs.
     state = PartialState(cpu=not torch.cuda.is_available(), **(dict(timeout=timedelta(hours=12)) if "WORLD_SIZE" in os.environ else {}))
-    atexit.register(state.destroy_process_group)  # gloo aborts a process that ends with work of a thread's still referenced, NCCL warns of it
+    if state.backend == "gloo": atexit.register(state.destroy_process_group)  # else it may abort a process that ends; NCCL's would wait for the others, also after an error
     return state.process_index, state.num_processes
+
+def disconnect():
+    "End what `processes` began. All processes, together: nothing can be asked of the others any more."
+    if processes()[1] > 1: PartialState().destroy_process_group()
 
 def across(value, how="mean"):
     "The mean of a tensor over all processes, or its 'sum'; without gradient. The tensor itself where there is one process."
@@ -218,7 +224,8 @@ class Loop:
             stop = stop and n < last
             if stop or due or improved or n == last:
                 began = time.monotonic()
-                if not self._save(n, must=stop or n == last): self.best = before                    # there is no such checkpoint
+                totals = self._totals()
+                if not alone(lambda: self._save(n, totals, must=stop or n == last)): self.best = before     # there is no such checkpoint
                 saved = time.monotonic()
                 tick += saved - began                                                    # seconds_per_step is of steps
                 pause = max(save_seconds, 50 * (saved - began)) if save_seconds else 0   # at most a fiftieth of the time goes into saving
@@ -269,12 +276,10 @@ class Loop:
         return states | {f"optimizer-{name}": {f"{i}.{key}": value for i, state in optimizer.state_dict()["state"].items() for key, value in state.items() if value is not None}
                          for name, optimizer in self.optimizers.items()}
 
-    def _save(self, t, must):
-        """Write checkpoint-<t> and remove what is not kept; whether it was written, as far as this process knows.
+    def _save(self, t, totals, must):
+        """Write checkpoint-<t> with the `totals` since the last tick and remove what is not kept; whether it was written.
 
         On a full disk the older ones stay: a line, or, if it `must` be written, an error."""
-        totals = self._totals()
-        if not is_main(): return True
         part, whole = self.folder / f".part-{t}", self.folder / f"checkpoint-{t}"
         try:
             if self.unwritten: self._write_log()
@@ -343,11 +348,13 @@ class Loop:
                 optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"{checkpoint} is of other models than this run's: {str(error).splitlines()[-1].strip()}. Delete it, or go on with the settings and the code it was made with.") from error
-        self.skipped, self.skips_in_a_row, self.best = state["skipped"], state["skips_in_a_row"], state["best"]
+        self.skipped, self.skips_in_a_row = state["skipped"], state["skips_in_a_row"]
+        self.best = state["best"] if checkpoint.parent == self.folder else None   # that of a common beginning is in its folder, and perhaps of another loss
         self.sums = {name: tuple(values) for name, values in state["sums"].items()}
-        if is_main():
+        def clean():
             self._prune()                                        # a process that is killed after it saved leaves one too many
             write_text(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in read_log(checkpoint.parent) if line["step"] <= state["step"]))
+        alone(clean)
         say(f"{self.folder.name}: going on from step {state['step']} of {self.steps}")
         return state["step"]
 def keep_best(folder):

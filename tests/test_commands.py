@@ -42,3 +42,11 @@ def test_impossible_parameters(child, tmp_path, name, value, allowed):
     ran = [c for c in json.loads(out.read_text())["cells"] if c["cell_type"] == "code" and c.get("execution_count")]
     assert len(ran) <= 3  # the defaults, the injected parameters, and the first cell that uses them
     assert written(tmp_path / "home") == []
+
+
+def test_a_warm_up_shorter_than_a_tick(child, tmp_path):
+    result = child(sys.executable, "-m", "seqgan", "train", "--preset", "smoke", "--until", "tokenizer", "--set", "tokenizer_training.steps=200", "perceptual.warmup=2")
+    assert result.returncode == 0, result.stdout[-3000:]
+    (warmup,), (tokenizer,) = ((tmp_path / "home" / "runs").glob(f"{kind}-*") for kind in ("warmup", "tokenizer"))
+    assert json.loads((warmup / "metrics.json").read_text())["metrics"] == {"skipped": 0}
+    assert json.loads((tokenizer / "log.jsonl").read_text().splitlines()[-1])["step"] == 200

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import pytest
 from conftest import ROOT
-from faults import FAULTS, STUDY, Forked, command, finished, kept, results, run_of
+from faults import FAULTS, FULL, STUDY, Forked, command, finished, kept, results, run_of
 
 AR = ["train", *STUDY, "transformer_training.steps=104", "--until", "ar"]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -144,6 +144,19 @@ def ranks(forked, *arguments):
     "Two processes as torchrun starts them."
     with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
     return [forked(*arguments, RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}") for rank in range(2)]
+
+
+def test_what_goes_wrong_in_one_process(forked, copied, home, tmp_path):
+    "The disk is full for the first of two processes, when it must save: both end with the sentence, and go on. So do NaNs end both."
+    copied("decoder")
+    for name in ("calm", "nan"): shutil.copytree(home, tmp_path / name)
+    def both(name, *how): return [process.wait(120) for process in ranks(lambda *a, **env: forked(*a, home=name, **env), command, ["train", *STUDY, "--until", "ar"], *how)]
+    for name, how, sentences in (("home", [[["rename ar/.part-N$", "nothing"], ["rename ar/.part-N$", "limit"]]], FULL), ("nan", [(), ["ar", "transformer", 2, 99]], ["10 steps in a row had a gradient"])):
+        for status, output in both(name, *how): assert status == 1 and any(words in output for words in sentences) and "Traceback" not in output, output
+    FAULTS.update(["full disk", "NaN"])
+    for name in ("home", "calm"): assert [status for status, _ in both(name)] == [0, 0]
+    expected = {name: value for name, value in results(tmp_path / "calm", "ar").items() if "/best/" not in name}
+    assert {name: value for name, value in results(home, "ar").items() if "/best/" not in name} == expected   # the best may not have been saved
 
 
 def test_several_processes(child, forked, copied, tmp_path, longer):

@@ -9,14 +9,16 @@ CHILD = """
 import json
 from pathlib import Path
 from unittest.mock import patch
+import numpy as np
 import torch
+from seqgan import codes as C
 from seqgan.codes import Codes, extract_codes
 from seqgan.config import home, preset
-from seqgan.data import ImageSet, load
+from seqgan.data import ImageSet, load, to_float
 from seqgan.features import VGG, weights_digest
 from seqgan.recipes import train_classifier, train_decoder, train_tokenizer, train_transformer
 from seqgan.tokenizer import Tokenizer
-from seqgan.training import Loop, processes
+from seqgan.training import Loop, agreed, processes
 rank, count = processes()
 changes = {"tokenizer_training.steps": 8, "second_phase.steps": 4, "transformer_training.steps": 8, "perceptual.warmup": 2, "adversarial.train_start": 1, "adversarial.start": 2, "adversarial.ramp": 2,
            "quantizer.kmeans_every": 3, "quantizer.kmeans_last": 6, "transformer.dropout": 0.0, "memory.parts": PARTS, "memory.checkpoint": PARTS > 1}
@@ -42,6 +44,19 @@ with patch("seqgan.training.precision", return_value="no"), patch.object(Loop, "
     codes = [extract_codes(tokenizer, s.images, s.labels, out / name, flip=True) for name, s in (("train", train), ("val", val))]
     train_transformer(c, *codes, 40, out / "ar")
     train_transformer(preset("smoke", changes | {"transformer.causal": False}), *codes, 40, out / "nar")
+C.CHUNK = 64                                    # four parts, which the processes share
+torch.manual_seed(0)
+fixed = Tokenizer(c.autoencoder, c.quantizer, c.data.size).freeze()
+extract_codes(fixed, train.images, train.labels, out / "parts", flip=True)
+agreed(None)
+if rank == 0:                                   # as if they had been killed: two parts are missing
+    with open(out / "parts/done.bin", "r+b") as file: file.write(bytes([1, 0, 1, 0]))
+    mapped = np.load(out / "parts/codes.npy", "r+")
+    mapped[:, 64:128] = mapped[:, 192:] = -1
+    mapped.flush()
+agreed(None)
+again = extract_codes(fixed, train.images, train.labels, out / "parts", flip=True)
+assert torch.equal(again.codes.long(), torch.cat([fixed.encode(to_float(x)) for x in (train.images, train.images.flip(-1))]))
 (home() / f"weights-{rank}.json").write_text(json.dumps({"/".join(key): digests for key, digests in seen.items()}))
 """
 
@@ -67,10 +82,9 @@ def test_two_processes_are_one(child, python, tmp_path, parts):
                 # rounding decides now and then which of two codes is nearest: one of 32 codes in use, or one image of 63
                 rel, absolute = (2e-5, 1e-6) if (run, a["step"]) in (("tokenizer", 1), ("bound", 1)) else (1e-2, 0.05) if name.startswith("val_") or "usage" in name or name == "accuracy" else (1e-3, 1e-4)
                 assert b[name] == pytest.approx(a[name], rel=rel, abs=absolute), (run, a["step"], name)
-    for name in ("train", "val"):
-        files = [tmp_path / home / "out" / name / "codes.npy" for home in ("one", "two")]
-        assert files[0].stat().st_size == files[1].stat().st_size
-    assert two.stdout.count("classifier") == 2 and two.stdout.count("MB in") == 2  # what is said, is said once
+    for name in ("codes.npy", "labels.npy", "done.bin"):
+        assert (tmp_path / "one/out/parts" / name).read_bytes() == (tmp_path / "two/out/parts" / name).read_bytes()
+    assert two.stdout.count("classifier") == 2 and two.stdout.count("MB in") == 3  # what is said, is said once
 
 
 def test_command(child, tmp_path):
