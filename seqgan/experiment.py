@@ -318,8 +318,8 @@ class Study:
         def compute(folder):
             from seqgan.metrics import balanced_labels
             labels, net, parts = balanced_labels(c.evaluation.samples, len(self.classes)), for_drawing(transformer), []
-            if agreed((folder / "codes.safetensors").exists()): return {"samples": len(labels)}  # killed after the last line but one
-            for rows in torch.arange(len(labels)).split(5000):
+            whole = folder / "codes.safetensors"
+            for rows in () if agreed(whole.exists()) else torch.arange(len(labels)).split(5000):
                 file = folder / f"part-{rows[0]}.safetensors"
                 if not agreed(file.exists()):
                     share = torch.arange(-(-len(rows) // count) * count).clamp(max=len(rows) - 1)[rank::count]  # as many for each; the last one may be drawn again
@@ -329,8 +329,8 @@ class Study:
                     if anyone(STOP.is_set()): raise Stopped(f"{folder.name} stopped with {int(rows[-1]) + 1} of {len(labels)} drawn; the same command goes on from there")
                 parts.append(file)
             def join():
-                save_tensors({"codes": torch.cat([load_file(file)["codes"] for file in parts])}, folder / "codes.safetensors")
-                for file in parts: file.unlink()
+                if not whole.exists(): save_tensors({"codes": torch.cat([load_file(file)["codes"] for file in parts])}, whole)
+                for file in folder.glob("part-*"): file.unlink()
             alone(join)
             return {"samples": len(labels)}
         return self._run("codes", compute)

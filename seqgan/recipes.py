@@ -146,7 +146,7 @@ def _fit(tokenizer, discriminator, T, A, loss_at, config, train, val, folder, be
     def save():
         save_tensors(discriminator.state_dict(), Path(folder) / "model" / "discriminator.safetensors")
         tokenizer.freeze().save_pretrained(Path(folder) / "model")
-        return {name: line[name] for line in read_log(folder)[-1:] for name in ("adversarial_scale",) if name in line} | {"skipped": loop.skipped}
+        return {name: value for line in read_log(folder)[-1:] for name, value in line.items() if name == "adversarial_scale"} | {"skipped": loop.skipped}
     return alone(save)
 
 # %% ../nbs/16_recipes.ipynb #7b8d7dd8

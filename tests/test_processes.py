@@ -96,3 +96,10 @@ def test_command(child, tmp_path):
     assert json.loads(record.read_text())["metrics"]["generation"].keys() >= {"FID-local", "IS-local", "class_accuracy"}
     again = child(sys.executable, "-m", "seqgan", *what)
     assert again.returncode == 0 and ": started" not in again.stdout and "to do" not in again.stdout, again.stdout[-3000:]
+
+
+def test_accelerate_launch(child, tmp_path):
+    "On processors it starts one process; on several GPUs it is torchrun."
+    result = child(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m", "seqgan", "train", "--preset", "smoke", "--until", "vgg")
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert list((tmp_path / "home" / "runs").glob("vgg-*/metrics.json"))
