@@ -143,7 +143,7 @@ def test_told_to_stop_while_waiting(forked, home):
 def ranks(forked, *arguments):
     "Two processes as torchrun starts them."
     with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
-    return [forked(*arguments, RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}") for rank in range(2)]
+    return [forked(*arguments, RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", CUDA_VISIBLE_DEVICES="", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}") for rank in range(2)]
 
 
 def test_what_goes_wrong_in_one_process(forked, copied, home, tmp_path):
@@ -173,7 +173,7 @@ def test_several_processes(child, forked, copied, tmp_path, longer):
     calm = ranks(lambda *a, **env: forked(*a, home="calm", **env), command, AR)
     assert [process.wait()[0] for process in calm] == [0, 0], calm[0].text.decode()
 
-    first = child(*TORCHRUN, str(script), start=True, PYTHONPATH=str(ROOT))
+    first = child(*TORCHRUN, str(script), start=True, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
     wait(first)                                                                    # inside a save
     second = ranks(forked, command, AR)
     for rank, process in enumerate(second):
@@ -192,7 +192,7 @@ def test_several_processes(child, forked, copied, tmp_path, longer):
     for process in both: process.wait()
     shutil.copytree(home, tmp_path / "alone")
 
-    third = child(*TORCHRUN, str(script), start=True, PYTHONPATH=str(ROOT))
+    third = child(*TORCHRUN, str(script), start=True, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
     wait(third)
     third.send_signal(signal.SIGTERM)
     output = third.communicate(timeout=300)[0]

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+CPU = {"CUDA_VISIBLE_DEVICES": ""}  # two processes need two GPUs, or none
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 CHILD = """
 import json
@@ -66,7 +67,7 @@ def test_two_processes_are_one(child, python, tmp_path, parts):
     "Both phases with their discriminators, k-means, the entropy and the adversarial bound; the classifiers; codes; AR and NAR; sets that do not divide."
     code = CHILD.replace("PARTS", str(parts))
     (tmp_path / "child.py").write_text(code)
-    one, two = python(code, home="one"), child(*TORCHRUN, str(tmp_path / "child.py"), home="two")
+    one, two = python(code, home="one", **CPU), child(*TORCHRUN, str(tmp_path / "child.py"), home="two", **CPU)
     assert one.returncode == 0, one.stdout[-3000:]
     assert two.returncode == 0, two.stdout[-3000:]
     first, second = (json.loads((tmp_path / "two" / f"weights-{rank}.json").read_text()) for rank in (0, 1))
@@ -90,16 +91,16 @@ def test_two_processes_are_one(child, python, tmp_path, parts):
 def test_command(child, tmp_path):
     "`seqgan train` under torchrun computes a study of drawn samples that no process's share divides; one process finds all of it there."
     what = ("train", "--preset", "smoke", "--transformer", "NAR", "--phase", "2", "--set", "evaluation.samples=61")
-    two = child(*TORCHRUN, "-m", "seqgan", *what)
+    two = child(*TORCHRUN, "-m", "seqgan", *what, **CPU)
     assert two.returncode == 0, two.stdout[-3000:]
     (record,) = (tmp_path / "home" / "reports" / "results").rglob("*.json")
     assert json.loads(record.read_text())["metrics"]["generation"].keys() >= {"FID-local", "IS-local", "class_accuracy"}
-    again = child(sys.executable, "-m", "seqgan", *what)
+    again = child(sys.executable, "-m", "seqgan", *what, **CPU)
     assert again.returncode == 0 and ": started" not in again.stdout and "to do" not in again.stdout, again.stdout[-3000:]
 
 
 def test_accelerate_launch(child, tmp_path):
     "On processors it starts one process; on several GPUs it is torchrun."
-    result = child(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m", "seqgan", "train", "--preset", "smoke", "--until", "vgg")
+    result = child(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m", "seqgan", "train", "--preset", "smoke", "--until", "vgg", **CPU)
     assert result.returncode == 0, result.stdout[-3000:]
     assert list((tmp_path / "home" / "runs").glob("vgg-*/metrics.json"))
