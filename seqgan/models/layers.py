@@ -12,16 +12,21 @@ __all__ = [
     "BlockAttention",
     "BDAttention",
     "enable_gradient_checkpointing",
+    "eval_mode",
 ]
 
 # %% ../../nbs/21_layers.ipynb #bc6f7a3d
-import torch
-import torch.nn.functional as F
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from math import gcd
+
+import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
 from ..core import require
 
 
@@ -177,3 +182,17 @@ def enable_gradient_checkpointing(blocks):
     "Let each of these modules keep its input only in a forward pass with gradients, and compute the rest again in the backward pass."
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+# %% ../../nbs/21_layers.ipynb #2f004d6a
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    "Models in evaluation mode inside the block; afterwards each submodule is in the mode it was in."
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
