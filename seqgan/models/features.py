@@ -8,6 +8,7 @@ __all__ = [
     "VGG16_URL",
     "Network",
     "weights_digest",
+    "has_values",
     "check_image_batch",
     "VGG",
     "weights_file",
@@ -19,126 +20,159 @@ __all__ = [
 import copy
 import hashlib
 import os
+from pathlib import Path
+from typing import Self
+
 import torch
 import torch.nn.functional as F
-from pathlib import Path
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from ..config import Evaluator as EvaluatorConfig, VGG as VGGConfig
+
+from ..config import VGG as VGGConfig
+from ..config import Evaluator as EvaluatorConfig
+from ..core import check
 
 
 # %% ../../nbs/20_features.ipynb #1eab307c
 class Network(nn.Module):
-    "A module that can be frozen for good: no gradient, and evaluation mode whatever a parent's `.train()` says."
+    """A module that can be frozen for good.
+
+    Frozen, it takes no gradient and stays in evaluation mode whatever a parent's `.train()` says.
+    """
 
     frozen = False
 
-    def freeze(self):
+    def freeze(self) -> Self:
         "Freeze this network and return it."
         self.frozen = True
         return self.requires_grad_(False).eval()
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> Self:
         return super().train(mode and not self.frozen)
 
 
 # %% ../../nbs/20_features.ipynb #fd5daa86
-def weights_digest(module):
-    "SHA-256 (hexadecimal) of the names, types, shapes and values of a module's state; the order of registration does not matter."
-    h = hashlib.sha256()
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 (hexadecimal) of the names, types, shapes and values of a module's state.
+
+    The order in which the module registered its parts does not matter.
+    """
+    sha = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
-        h.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        sha.update(
+            value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+    return sha.hexdigest()
 
 
 # %% ../../nbs/20_features.ipynb #b559cfb9
-def check_image_batch(images, stride=1):
-    """Raise ValueError unless `images` is a float tensor (B, 3, H, W) in [-1, 1] whose sides are multiples of `stride`.
+def has_values(x: Tensor) -> bool:
+    "Whether there are values to check: x is not empty, not on `meta`, and no graph is recorded."
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not x.is_meta and x.numel() > 0
 
-    The range of a tensor that requires a gradient is not checked: it is a reconstruction in training."""
 
-    def fail(what):
-        raise ValueError(
-            f"images must be a float tensor (B, 3, H, W) in [-1, 1] with H and W multiples of {stride}, but {what}."
-        )
+def check_image_batch(images: Tensor, stride: int = 1) -> None:
+    """Raise ValueError unless `images` is a float tensor (B, 3, H, W) in [-1, 1].
 
-    if not torch.is_floating_point(images):
-        fail(f"they are {images.dtype}; divide uint8 images by 127.5 and subtract 1")
-    if images.ndim != 4 or images.shape[1] != 3:
-        fail(f"their shape is {tuple(images.shape)}")
-    if images.shape[2] % stride or images.shape[3] % stride:
-        fail(f"they are {images.shape[2]}x{images.shape[3]} pixels")
-    if images.requires_grad or images.is_meta or not images.numel():
+    H and W must be multiples of `stride`. The range of a tensor that requires a gradient is not
+    checked: it is a reconstruction in training.
+    """
+    to_range = "Divide 8-bit images by 127.5 and subtract 1."
+    floating = torch.is_floating_point(images)
+    check(floating, "images must be floating-point numbers in [-1, 1]", images.dtype, to_range)
+    shape = tuple(images.shape)
+    check(len(shape) == 4 and shape[1] == 3, "images must have the shape (B, 3, H, W)", shape)
+    fits = shape[2] % stride == 0 and shape[3] % stride == 0
+    check(fits, f"height and width of images must be multiples of {stride}", shape[2:])
+    if images.requires_grad or not has_values(images):
         return
-    low, high = (float(v) for v in images.aminmax())
-    if not (low >= -1.01 and high <= 1.01):
-        fail(
-            f"their values range from {low:g} to {high:g}"
-        )  # the slack is for resampled images; NaN fails too
+    low, high = (float(value) for value in images.aminmax())
+    inside = low >= -1.01 and high <= 1.01  # slack for resampled images; NaN is not inside
+    check(inside, "images must lie in [-1, 1]", f"{low:g} to {high:g}", to_range)
 
 
 # %% ../../nbs/20_features.ipynb #a9fdb283
 LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3", "logit")
-_MEAN, _STD = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # torchvision's ImageNet statistics, for images in [0, 1]
+_WIDTHS = (64, 128, 256, 512, 512)  # channels of each block
+_DEPTHS = (2, 2, 3, 3, 3)  # convolutions of each block
+# torchvision's ImageNet statistics, for images in [0, 1]
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
 
 
+def _convolution(in_channels: int, out_channels: int, batch_norm: bool) -> list[nn.Module]:
+    norm = [nn.BatchNorm2d(out_channels)] if batch_norm else []
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    return [conv, *norm, nn.ReLU(inplace=True)]
+
+
+def _classifier(in_features: int, hidden: int, classes: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(in_features, hidden),
+        nn.ReLU(inplace=True),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(inplace=True),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, classes),
+    )
+
+
+# %% ../../nbs/20_features.ipynb #3ebb7f8d
 class VGG(Network):
-    "VGG-16 (Simonyan and Zisserman, 2015): images (B, 3, H, W) in [-1, 1] -> {layer: features (B, C, H', W'), 'logit': (B, classes)}."
+    """VGG-16 (Simonyan and Zisserman, 2015) with its taps.
+
+    Images (B, 3, H, W) in [-1, 1] -> {layer: features (B, C, H', W'), 'logit': (B, classes)}.
+    At `VGG(VGGConfig(), 1000)` names and shapes of the weights are torchvision's.
+    """
 
     def __init__(self, config: VGGConfig, classes: int):
         super().__init__()
         self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
-        layers, self.taps, c = [], {}, 3
-        for block, (width, convs) in enumerate(zip((64, 128, 256, 512, 512), (2, 2, 3, 3, 3))):
-            for _ in range(convs):
-                layers.append(nn.Conv2d(c, c := int(width * config.width), 3, padding=1))
-                if config.batch_norm:
-                    layers.append(nn.BatchNorm2d(c))
-                layers.append(nn.ReLU(inplace=True))
+        layers, channels = [], 3
+        self.taps = {}  # index of a layer -> name of the tap
+        for block in range(5):
+            width = int(_WIDTHS[block] * config.width)
+            for _ in range(_DEPTHS[block]):
+                layers += _convolution(channels, width, config.batch_norm)
+                channels = width
             self.taps[len(layers) - 1] = LAYERS[block]
             if config.pools[block]:
                 layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
-        self.pool, hidden = nn.AdaptiveAvgPool2d(config.head), int(4096 * config.width)
-        self.classifier = nn.Sequential(
-            nn.Linear(c * config.head**2, hidden),
-            nn.ReLU(inplace=True),
-            nn.Dropout(config.dropout),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(inplace=True),
-            nn.Dropout(config.dropout),
-            nn.Linear(hidden, classes),
-        )
-        for m in (
-            self.modules()
-        ):  # torchvision's initialisation: He for convolutions, so that 13 layers pass a signal
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(m.bias)
+        self.pool = nn.AdaptiveAvgPool2d(config.head)
+        hidden = int(4096 * config.width)
+        self.classifier = _classifier(channels * config.head**2, hidden, classes, config.dropout)
+        for module in self.features:  # as torchvision: He's, so that 13 layers pass a signal
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(module.bias)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         check_image_batch(images)
-        x, taps = (images * 0.5 + 0.5 - self.mean) / self.std, {}  # (B, 3, H, W)
+        x = (images * 0.5 + 0.5 - self.mean) / self.std  # (B, 3, H, W)
+        taps = {}
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.taps:
                 taps[self.taps[i]] = x  # (B, C_l, H_l, W_l)
-        return taps | {"logit": self.classifier(self.pool(x).flatten(1))}  # (B, classes)
+        taps["logit"] = self.classifier(self.pool(x).flatten(1))  # (B, classes)
+        return taps
 
-    def folded(self):
-        "A frozen network that computes what this one does in evaluation mode, its batch normalisation made part of the convolutions: less to do in each step."
+    def folded(self) -> Self:
+        """A frozen copy whose batch normalisation is a part of its convolutions.
+
+        It computes what this network does in evaluation mode, with less work.
+        """
         net = copy.deepcopy(self).freeze()
         for i, layer in enumerate(net.features):
             if isinstance(layer, nn.BatchNorm2d):
-                net.features[i - 1], net.features[i] = (
-                    fuse_conv_bn_eval(net.features[i - 1], layer),
-                    nn.Identity(),
-                )
+                net.features[i - 1] = fuse_conv_bn_eval(net.features[i - 1], layer)
+                net.features[i] = nn.Identity()
         return net
 
 
@@ -146,36 +180,45 @@ class VGG(Network):
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
-def weights_file(url, path=None, alternative="name another file"):
-    """The local file of public weights: `path` if given, else PyTorch's cache, else downloaded from `url` into it.
+def weights_file(
+    url: str, path: str | Path | None = None, alternative: str = "name another file"
+) -> Path:
+    """The local file of public weights.
 
-    Raises FileNotFoundError that names the file, the address and the `alternative` where there is none to be had."""
+    It is `path` if given, else the file in PyTorch's cache, else it is downloaded from `url` into
+    the cache. Raises FileNotFoundError that names the file, the address and the `alternative`.
+    """
+    if path is not None:
+        if not Path(path).exists():
+            published = f"They are published at {url}; or {alternative}."
+            raise FileNotFoundError(f"There are no weights at {path}. {published}")
+        return Path(path)
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    if path is not None and not Path(path).exists():
+    if not cached.exists():
+        _download(url, cached, alternative)
+    return cached
+
+
+def _download(url: str, file: Path, alternative: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    print(f"downloading {url} to {file}")
+    sha = file.stem.rsplit("-", 1)[-1][:8]
+    try:
+        torch.hub.download_url_to_file(url, str(file), hash_prefix=sha)
+    except Exception as error:
         raise FileNotFoundError(
-            f"There are no weights at {path}. They are published at {url}; or {alternative}."
-        )
-    if path is None and not cached.exists():
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        print(f"downloading {url} to {cached}")
-        try:
-            torch.hub.download_url_to_file(
-                url, str(cached), hash_prefix=cached.stem.rsplit("-", 1)[-1][:8]
-            )
-        except Exception as error:
-            raise FileNotFoundError(
-                f"{cached} is missing and {url} cannot be downloaded ({error}). Put the file there, or {alternative}."
-            ) from error
-    return Path(path) if path is not None else cached
+            f"{file} is missing and {url} cannot be downloaded ({error}). "
+            f"Put the file there, or {alternative}."
+        ) from error
 
 
-def imagenet_vgg():
-    "VGG-16 with torchvision's ImageNet weights, frozen: the file $SEQGAN_VGG16 if set, else as `weights_file` finds it."
-    file = weights_file(
-        VGG16_URL,
-        os.environ.get("SEQGAN_VGG16"),
-        "choose a preset whose networks are trained here (vgg.weights = 'local')",
-    )
+def imagenet_vgg() -> VGG:
+    """VGG-16 with torchvision's ImageNet weights, frozen.
+
+    The file is $SEQGAN_VGG16 if that is set, else as `weights_file` finds it.
+    """
+    alternative = "choose a preset whose networks are trained here (vgg.weights = 'local')"
+    file = weights_file(VGG16_URL, os.environ.get("SEQGAN_VGG16"), alternative)
     vgg = VGG(VGGConfig(), 1000)
     vgg.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
     return vgg.freeze()
@@ -185,38 +228,42 @@ def imagenet_vgg():
 class _Block(nn.Module):
     "BN-ReLU-Conv twice, with a projection on the skip where the shape changes."
 
-    def __init__(self, c_in, c_out, stride):
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.norm1, self.conv1 = (
-            nn.BatchNorm2d(c_in),
-            nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False),
-        )
-        self.norm2, self.conv2 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        self.skip = (
-            nn.Conv2d(c_in, c_out, 1, stride, bias=False) if c_in != c_out or stride > 1 else None
-        )
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.skip = None
+        if in_channels != out_channels or stride > 1:
+            self.skip = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
-    def forward(self, x):
-        h = F.relu(self.norm1(x))
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(x))  # (B, C, H, W)
         skip = x if self.skip is None else self.skip(h)
-        return skip + self.conv2(F.relu(self.norm2(self.conv1(h))))
+        h = self.conv1(h)  # (B, C', H/stride, W/stride)
+        return skip + self.conv2(F.relu(self.norm2(h)))
 
 
 class Evaluator(Network):
-    "The local evaluation network: images (B, 3, H, W) in [-1, 1] -> features (B, 4C), logits (B, classes)."
+    """The local evaluation network, a pre-activation ResNet (He et al., 2016).
+
+    Images (B, 3, H, W) in [-1, 1] -> features (B, 4 C), logits (B, classes), C = config.channels.
+    """
 
     def __init__(self, config: EvaluatorConfig, classes: int):
         super().__init__()
-        c = config.channels
-        blocks, c_in = [nn.Conv2d(3, c, 3, 1, 1, bias=False)], c
+        width = config.channels
+        blocks = [nn.Conv2d(3, width, 3, 1, 1, bias=False)]
         for level in range(3):
             for i in range(config.blocks):
-                blocks.append(_Block(c_in, c << level, 2 if i == 0 and level > 0 else 1))
-                c_in = c << level
-        self.body = nn.Sequential(*blocks, nn.BatchNorm2d(c_in), nn.ReLU(inplace=True))
-        self.head = nn.Linear(c_in, classes)
+                stride = 2 if level > 0 and i == 0 else 1
+                blocks.append(_Block(width, config.channels << level, stride))
+                width = config.channels << level
+        self.body = nn.Sequential(*blocks, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.head = nn.Linear(width, classes)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         check_image_batch(images)
-        features = self.body(images).mean((2, 3))  # (B, 4C)
+        features = self.body(images).mean((2, 3))  # (B, 4 C)
         return features, self.head(features)  # (B, classes)
