@@ -8,7 +8,7 @@ __all__ = ["tokenizer_diagnostics"]
 # %% ../../nbs/42_diagnostics.ipynb #351ef053
 import torch
 
-from ..core import device, progress, to_float
+from ..data.batches import mean_over_batches
 from ..data.images import ImageSet
 from ..models.features import Evaluator
 from ..models.perceptual import PerceptualLoss
@@ -17,7 +17,6 @@ from ..models.tokenizer import Tokenizer
 
 
 # %% ../../nbs/42_diagnostics.ipynb #5f9ada25
-@torch.no_grad()
 def tokenizer_diagnostics(
     tokenizer: Tokenizer,
     perceptual: PerceptualLoss,
@@ -28,19 +27,20 @@ def tokenizer_diagnostics(
 
     Losses are means over the images; usage and perplexity are of all their codes together.
     Without an evaluator there is no class accuracy."""
-    counts, correct, sums = 0, 0, {}
-    for i in progress(range(0, len(val), 64), desc="validation"):
-        real = to_float(val.images[i : i + 64]).to(device())  # (B, 3, H, W) in [-1, 1]
+    counts = torch.zeros(len(tokenizer.quantizer.codebook), dtype=torch.int64)
+    predicted = []
+
+    def measure(real: torch.Tensor) -> dict[str, torch.Tensor]:
         codes = tokenizer.encode(real)  # (B, h, w)
         fake = tokenizer.decode(codes)  # (B, 3, H, W)
-        counts = counts + count_codes(codes, len(tokenizer.quantizer.codebook))
-        for name, value in (perceptual(fake, real) | {"l1": (fake - real).abs().mean()}).items():
-            sums[name] = sums.get(name, 0) + float(value) * len(real)
+        counts.add_(count_codes(codes, len(counts)).cpu())
         if evaluator is not None:
-            _, logits = evaluator(fake)
-            correct += int((logits.argmax(1).cpu() == val.labels[i : i + 64]).sum())
-    found = {name: value / len(val) for name, value in sums.items()}
-    found |= {"usage": float(usage(counts)), "perplexity": float(perplexity(counts))}
+            _, logits = evaluator(fake)  # (B, classes)
+            predicted.append(logits.argmax(1).cpu())
+        return perceptual(fake, real) | {"l1": (fake - real).abs().mean()}
+
+    found = mean_over_batches(measure, val.images)
+    found |= {"usage": usage(counts), "perplexity": perplexity(counts)}
     if evaluator is not None:
-        found["class_accuracy"] = correct / len(val)
+        found["class_accuracy"] = int((torch.cat(predicted) == val.labels).sum()) / len(val)
     return found
