@@ -69,9 +69,7 @@ def weights_digest(module: nn.Module) -> str:
 # %% ../../nbs/20_features.ipynb #b559cfb9
 def has_values(x: Tensor) -> bool:
     "Whether there are values to check: x is not empty, not on `meta`, and no graph is recorded."
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    return not x.is_meta and x.numel() > 0
+    return not (torch.compiler.is_compiling() or x.is_meta) and x.numel() > 0
 
 
 def check_image_batch(images: Tensor, stride: int = 1) -> None:
@@ -91,7 +89,7 @@ def check_image_batch(images: Tensor, stride: int = 1) -> None:
         return
     low, high = (float(value) for value in images.aminmax())
     inside = low >= -1.01 and high <= 1.01  # slack for resampled images; NaN is not inside
-    check(inside, "images must lie in [-1, 1]", f"{low:g} to {high:g}", to_range)
+    check(inside, "images must lie in [-1, 1]", [round(low, 2), round(high, 2)], to_range)
 
 
 # %% ../../nbs/20_features.ipynb #a9fdb283
