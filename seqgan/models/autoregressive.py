@@ -7,24 +7,30 @@ __all__ = [
     "next_code_loss",
     "filter_logits",
     "sample_categorical",
-    "eval_mode",
     "uniforms",
     "sample_autoregressive",
     "sample_many",
 ]
 
 # %% ../../nbs/29_autoregressive.ipynb #6b4b1685
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
-from contextlib import contextmanager
-from ..core import generator, progress, require
+from torch import Tensor
+
+from ..config import Sampler
+from ..core import check, generator
+from .layers import eval_mode
+from .transformer import Transformer, as_labels
 
 
 # %% ../../nbs/29_autoregressive.ipynb #b8de58fc
-def next_code_loss(logits, codes):
-    """dict(loss, accuracy): mean cross-entropy in nats a code and mean top-1 accuracy of logits (B, N, K) against codes int64 (B, N), in float32.
+def next_code_loss(logits: Tensor, codes: Tensor) -> dict[str, Tensor]:
+    """dict(loss, accuracy) of logits (B, N, K) against codes int64 (B, N), in float32.
 
-    Only the loss carries a gradient."""
+    The mean cross-entropy in nats per code, and the mean top-1 accuracy, which has no gradient.
+    """
     logits = logits.float()
     return dict(
         loss=F.cross_entropy(logits.flatten(0, 1), codes.flatten()),
@@ -33,112 +39,90 @@ def next_code_loss(logits, codes):
 
 
 # %% ../../nbs/29_autoregressive.ipynb #26cbd90e
-def filter_logits(logits, top_k=0, top_p=1.0):
-    """Logits (..., K) with -inf at the codes left out: all but the `top_k` most likely (0 keeps all) and, of those, all but the smallest set of most
-    likely codes whose probability reaches `top_p`. At least one code stays; of equally likely codes the lower ranks first. Raises ValueError for other values."""
-    require(top_k >= 0, "top_k", top_k, "0 (all codes) or more")
-    require(0 < top_p <= 1, "top_p", top_p, "in (0, 1]")
+def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Logits (..., K) with -inf at the codes left out.
+
+    All but the `top_k` most likely go (0 keeps all) and, of those, all but the smallest set of
+    most likely codes whose probability reaches `top_p`. At least one code stays; of equally likely
+    codes the lower ranks first. Raises ValueError for other values.
+    """
+    check(top_k >= 0, "top_k must be at least 0, which keeps all codes", top_k)
+    check(0 < top_p <= 1, "top_p must lie in (0, 1]", top_p)
     if top_p == 1 and not 0 < top_k < logits.shape[-1]:
         return logits
     ranked, order = logits.float().sort(dim=-1, descending=True, stable=True)  # (..., K)
     if top_k:
         ranked[..., top_k:] = float("-inf")
-    drop, p = ranked == float("-inf"), ranked.softmax(-1)
+    drop = ranked == float("-inf")
     if top_p < 1:
+        p = ranked.softmax(-1)
         drop |= p.cumsum(-1) - p >= top_p  # the codes before this one are enough
-    return logits.masked_fill(
-        torch.zeros_like(drop).scatter(-1, order, drop), float("-inf")
-    )  # back in the order of the codes
+    drop = torch.zeros_like(drop).scatter(-1, order, drop)  # back in the order of the codes
+    return logits.masked_fill(drop, float("-inf"))
 
 
 # %% ../../nbs/29_autoregressive.ipynb #3b6418a9
-def sample_categorical(logits, config, u):
-    """One code a row, int64 (B,), from logits (B, K) and uniform numbers u (B,) in [0, 1), by inverting the cumulative distribution in float32.
+def sample_categorical(logits: Tensor, config: Sampler, u: Tensor) -> Tensor:
+    """One code per row, int64 (B,), from logits (B, K) and uniform numbers u (B,) in [0, 1).
 
-    `config` is a `seqgan.config.Sampler`: temperature first (0 takes the most likely code), then top-k, then top-p."""
+    Temperature first (0 takes the most likely code), then top-k, then top-p; then the cumulative
+    distribution is inverted, in float32.
+    """
     if config.temperature == 0:
         return logits.argmax(-1)
-    p = filter_logits(logits.float() / config.temperature, config.top_k, config.top_p).softmax(-1)
+    scaled = logits.float() / config.temperature  # (B, K)
+    p = filter_logits(scaled, config.top_k, config.top_p).softmax(-1)  # (B, K)
     cumulative = p.cumsum(-1)  # (B, K), in the order of the codes
-    return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[
-        :, 0
-    ]  # the first code that ends beyond u
-
-
-# %% ../../nbs/29_autoregressive.ipynb #5f3450db
-@contextmanager
-def eval_mode(*models):
-    "Models in eval mode inside; afterwards every submodule is in the mode that it was in."
-    modes = [(m, m.training) for model in models for m in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
+    target = u[:, None] * cumulative[:, -1:]  # (B, 1); rounding may leave the last one beside 1
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]  # the first that ends beyond u
 
 
 # %% ../../nbs/29_autoregressive.ipynb #000a2785
-def uniforms(purpose, n, batch, seed=0, indices=None):
-    """Uniform numbers in [0, 1), (B, n): row b is a pure function of `purpose`, `seed` and indices[b] (default b).
+def uniforms(
+    purpose: str, n: int, batch: int, seed: int = 0, indices: Iterable[int] | None = None
+) -> Tensor:
+    """Uniform numbers in [0, 1), (B, n), for B = `batch` samples.
 
-    Raises ValueError for `indices` of another number than `batch`."""
+    Row b is a pure function of `purpose`, `seed` and indices[b] (default b). Raises ValueError
+    unless there are `batch` indices.
+    """
     indices = range(batch) if indices is None else [int(b) for b in indices]
-    require(
-        len(indices) == batch,
-        "number of indices",
-        len(indices),
-        f"one for each of the {batch} labels",
-    )
+    check(len(indices) == batch, f"indices must be {batch}, one for each label", len(indices))
     return torch.stack([torch.rand(n, generator=generator(purpose, seed, b)) for b in indices])
 
 
 @torch.no_grad()
-def sample_autoregressive(transformer, labels, config, seed=0, indices=None):
-    """New codes int64 (B, N), one sequence for each of labels int64 (B,), of which an unconditional transformer uses only the number.
+def sample_autoregressive(
+    transformer: Transformer,
+    labels: Tensor,
+    config: Sampler,
+    seed: int = 0,
+    indices: Iterable[int] | None = None,
+) -> Tensor:
+    """New codes int64 (B, N), one sequence for each label; `labels` as in `as_labels`.
 
-    `config` is a `seqgan.config.Sampler`. Sample b depends on labels[b], `seed` and indices[b] (default b) only, not on what is drawn beside it.
-    Raises ValueError for labels that do not fit the transformer or `indices` of another number."""
-    device, batch = transformer.head.weight.device, len(labels)
-    u = uniforms("sample", transformer.positions, batch, seed, indices).T.to(device)  # (N, B)
-    codes, labels, previous = (
-        torch.empty(batch, transformer.positions, dtype=torch.int64, device=device),
-        labels.to(device),
-        None,
-    )
+    Sample b depends on labels[b], `seed` and indices[b] (default b) only, not on what is drawn
+    beside it. Raises ValueError for a masked transformer, labels that do not fit it, or another
+    number of indices.
+    """
+    device = transformer.head.weight.device
+    labels = as_labels(labels, transformer.classes).to(device)  # (B,)
+    batch, n = len(labels), transformer.positions
+    u = uniforms("sample", n, batch, seed, indices).T.to(device)  # (N, B)
+    codes = torch.empty(batch, n, dtype=torch.int64, device=device)  # (B, N)
+    previous = None
     with eval_mode(transformer), torch.autocast(device.type, enabled=False):
         cache = transformer.init_cache(batch)
-        for i in range(transformer.positions):
-            codes[:, i] = previous = sample_categorical(
-                transformer.step(previous, labels, i, cache), config, u[i]
-            )
+        for i in range(n):
+            logits = transformer.step(previous, labels, i, cache)  # (B, K)
+            previous = sample_categorical(logits, config, u[i])  # (B,)
+            codes[:, i] = previous
     return codes
 
 
-def sample_many(
-    transformer, labels, config, seed=0, batch=None, indices=None, sample=sample_autoregressive
-):
-    """`sample`, or another function of the same arguments, in batches and with progress: codes int64 (M, N), on the CPU, for labels int64 (M,).
+# %% ../../nbs/29_autoregressive.ipynb #431cdd09
+def sample_many(*arguments, **named):
+    "Moved to `seqgan.models.sampling`."
+    from seqgan.models import sampling
 
-    A process that draws only a share of the labels passes their `indices` among all. `batch` is 500, or, for a masked transformer on a CPU, 50:
-    it computes all positions at once, and twice as fast while they fit into the cache."""
-    batch = batch or (
-        50
-        if not transformer.config.causal and transformer.head.weight.device.type == "cpu"
-        else 500
-    )
-    indices = torch.arange(len(labels)) if indices is None else torch.as_tensor(indices)
-    require(
-        len(indices) == len(labels),
-        "number of indices",
-        len(indices),
-        f"one for each of the {len(labels)} labels",
-    )
-    parts = list(zip(labels.split(batch), indices.split(batch)))
-    return torch.cat(
-        [
-            sample(transformer, y, config, seed, b).cpu()
-            for y, b in progress(parts, desc="sampling codes")
-        ]
-    )
+    return sampling.sample_many(*arguments, **named)

@@ -8,122 +8,139 @@ __all__ = [
     "masked_counts",
     "random_mask",
     "masked_code_loss",
+    "noisy_confidence",
     "reveal",
     "sample_masked",
 ]
 
 # %% ../../nbs/2a_masked.ipynb #b5c6e4ad
 import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+
 import torch
-from ..config import Sampler
-from ..core import require
-from .autoregressive import eval_mode, next_code_loss, sample_categorical, uniforms
+from torch import Tensor
+
+from ..config import MaskedSampler, Sampler
+from ..core import check
+from .autoregressive import next_code_loss, sample_categorical, uniforms
+from .layers import eval_mode
+from .transformer import Transformer, as_labels
 
 
 # %% ../../nbs/2a_masked.ipynb #d8d2e144
-def mask_schedule(r):
-    "The cosine schedule of MaskGIT: fraction of codes hidden at progress r, a tensor in [0, 1]; 1 at 0, 0 at 1."
+def mask_schedule(r: Tensor) -> Tensor:
+    "MaskGIT's cosine: fraction of codes hidden at progress r in [0, 1], from 1 at 0 to 0 at 1."
     return torch.sin(math.pi / 2 * (1 - r))  # the cosine of r pi/2, and exactly 0 at r = 1
 
 
-def masked_counts(n, steps):
-    """How many of n codes are still hidden after each of `steps` steps: a list of integers that falls strictly and ends with 0.
+def masked_counts(n: int, steps: int) -> list[int]:
+    """How many of n codes are still hidden after each of `steps` steps: it falls, and ends with 0.
 
-    As close to n times the schedule as these two allow. Raises ValueError if there are more steps than codes."""
-    require(
-        1 <= steps <= n,
-        "masked_sampler.steps",
-        steps,
-        f"from 1 to {n}, the codes of a sequence: each step reveals at least one",
-    )
+    As close to n times the schedule as is possible if each step reveals a code or more. Raises
+    ValueError if there are more steps than codes.
+    """
+    must = f"masked_sampler.steps must lie from 1 to {n}, as each step reveals a code or more"
+    check(1 <= steps <= n, must, steps)
+    progress = torch.arange(1, steps + 1) / steps
+    planned = (n * mask_schedule(progress)).round().int().tolist()
     counts = [n]
-    for t, wanted in enumerate(
-        (n * mask_schedule(torch.arange(1, steps + 1) / steps)).round().int().tolist(), 1
-    ):
-        counts.append(
-            min(counts[-1] - 1, max(wanted, steps - t))
-        )  # at least one now, and one left for each step to come
+    for t, count in enumerate(planned, 1):
+        least = steps - t  # one for each step to come
+        counts.append(min(counts[-1] - 1, max(count, least)))
     return counts[1:]
 
 
 # %% ../../nbs/2a_masked.ipynb #8d29aef8
-def random_mask(u):
-    "Which codes training hides: bool (B, N) from uniform numbers u (B, 1 + N) in [0, 1), the first of which is r; between 1 and N codes of each row."
-    counts = ((u.shape[1] - 1) * mask_schedule(u[:, :1])).ceil()  # (B, 1)
-    return (
-        u[:, 1:].argsort(1).argsort(1) < counts
-    )  # (B, N): the ranks of the positions, lowest hidden
+def random_mask(u: Tensor) -> Tensor:
+    """Which codes training hides, from 1 to N of each row: bool (B, N), True where hidden.
+
+    `u` are uniform numbers (B, 1 + N) in [0, 1), the first of which is the progress r.
+    """
+    n = u.shape[1] - 1
+    counts = (n * mask_schedule(u[:, :1])).ceil()  # (B, 1)
+    ranks = u[:, 1:].argsort(1).argsort(1)  # (B, N)
+    return ranks < counts
 
 
 # %% ../../nbs/2a_masked.ipynb #69a11119
-def masked_code_loss(logits, codes, mask):
-    """dict(loss, accuracy): mean cross-entropy in nats a code and top-1 accuracy over the M hidden codes, those where mask, bool (B, N), is True, in float32.
+def masked_code_loss(logits: Tensor, codes: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """dict(loss, accuracy) over the M hidden codes, those where mask, bool (B, N), is True.
 
-    `logits` (M, K) are transformer(codes.masked_fill(mask, transformer.mask), labels, mask); `codes` int64 (B, N) are the true ones. Raises ValueError if none is hidden."""
-    require(
-        mask.dtype == torch.bool and mask.shape == codes.shape,
-        "mask",
-        (mask.dtype, tuple(mask.shape)),
-        f"bool, of the codes' shape {tuple(codes.shape)}",
-    )
-    require(mask.any(), "mask", False, "True at one code or more, or the mean is of nothing")
-    require(
-        len(logits) == mask.sum(),
-        "number of logits",
-        len(logits),
-        f"one for each of the {int(mask.sum())} hidden codes",
-    )
+    The mean cross-entropy in nats per code and the mean top-1 accuracy, in float32. `logits` (M, K)
+    are transformer(codes.masked_fill(mask, transformer.mask), labels, mask); `codes` int64 (B, N)
+    are the true ones. Raises ValueError if no code is hidden.
+    """
+    found = (mask.dtype, tuple(mask.shape))
+    shape = tuple(codes.shape)
+    check(found == (torch.bool, shape), f"mask must be bool of the codes' shape {shape}", found)
+    hidden = int(mask.sum())
+    check(hidden > 0, "mask must hide at least one code", hidden)
+    must = f"logits must be {hidden}, one for each hidden code"
+    check(len(logits) == hidden, must, len(logits))
     return next_code_loss(logits[None], codes[mask][None])
+
+
+# %% ../../nbs/2a_masked.ipynb #dae1c155
+def noisy_confidence(logits: Tensor, codes: Tensor, u: Tensor, weight: float) -> Tensor:
+    """How sure the transformer is of drawn codes: ln p(code) + weight times Gumbel noise, (M,).
+
+    `logits` (M, K) are its own, not sharpened; `codes` int64 (M,) and uniform numbers u (M,) in
+    [0, 1), which become the noise.
+    """
+    log_p = logits.gather(-1, codes[:, None])[:, 0] - logits.logsumexp(-1)  # (M,)
+    gumbel = -(-u.clamp_min(2**-25).log()).log()  # (M,); torch.rand can give 0: no logarithm
+    return log_p + weight * gumbel
 
 
 # %% ../../nbs/2a_masked.ipynb #64bba26b
 @torch.no_grad()
-def reveal(transformer, labels, config, seed=0, indices=None):
-    """Iterative decoding: yields the codes int64 (B, N) after each of `config.steps` steps, where codes still hidden are `transformer.mask`.
+def reveal(
+    transformer: Transformer,
+    labels: Tensor,
+    config: MaskedSampler,
+    seed: int = 0,
+    indices: Iterable[int] | None = None,
+) -> Iterator[Tensor]:
+    """Iterative decoding: yields the codes int64 (B, N) after each of `config.steps` steps, where
+    codes still hidden are `transformer.mask`.
 
-    Arguments and errors are those of `sample_masked`."""
-    device, batch, n, hidden_code = (
-        transformer.head.weight.device,
-        len(labels),
-        transformer.positions,
-        transformer.mask,
-    )
-    counts, drawing = (
-        masked_counts(n, config.steps),
-        Sampler(temperature=config.temperature, top_k=0, top_p=1.0),
-    )
-    u = (
-        uniforms("masked", config.steps * 2 * n, batch, seed, indices)
-        .view(batch, config.steps, 2, n)
-        .to(device)
-    )
-    codes, labels = torch.full((batch, n), hidden_code, device=device), labels.to(device)
+    Arguments and errors are those of `sample_masked`.
+    """
+    mask, n, steps = transformer.mask, transformer.positions, config.steps
+    device = transformer.head.weight.device
+    labels = as_labels(labels, transformer.classes).to(device)  # (B,)
+    batch, counts = len(labels), masked_counts(n, steps)
+    u = uniforms("masked", steps * 2 * n, batch, seed, indices)
+    u = u.view(batch, steps, 2, n).to(device)
+    drawing = Sampler(temperature=config.temperature, top_k=0, top_p=1.0)
+    codes = torch.full((batch, n), mask, device=device)  # (B, N)
     for t, count in enumerate(counts, 1):
-        hidden = codes == hidden_code  # (B, N), M of them True
+        hidden = codes == mask  # (B, N), M of them True
         with eval_mode(transformer), torch.autocast(device.type, enabled=False):
             logits = transformer(codes, labels, hidden).float()  # (M, K)
         drawn = sample_categorical(logits, drawing, u[:, t - 1, 0][hidden])  # (M,)
-        gumbel = -(
-            -u[:, t - 1, 1][hidden].clamp_min(2**-25).log()
-        ).log()  # (M,); torch.rand can give 0, which has no logarithm
-        sure = (
-            logits.gather(-1, drawn[:, None])[:, 0]
-            - logits.logsumexp(-1)
-            + config.noise * (1 - t / config.steps) * gumbel
-        )  # (M,)
-        confidence = torch.full_like(codes, math.inf, dtype=sure.dtype).masked_scatter(
-            hidden, sure
-        )  # (B, N)
+        weight = config.noise * (1 - t / steps)
+        sure = noisy_confidence(logits, drawn, u[:, t - 1, 1][hidden], weight)  # (M,)
+        confidence = torch.full_like(codes, math.inf, dtype=sure.dtype)
+        confidence = confidence.masked_scatter(hidden, sure)  # (B, N)
         least = confidence.argsort(stable=True)[:, :count]  # (B, count) positions to hide again
-        codes = codes.masked_scatter(hidden, drawn).scatter(1, least, hidden_code)  # (B, N)
+        codes = codes.masked_scatter(hidden, drawn).scatter(1, least, mask)  # (B, N)
         yield codes
 
 
-def sample_masked(transformer, labels, config, seed=0, indices=None):
-    """New codes int64 (B, N), one sequence for each of labels int64 (B,), of which an unconditional transformer uses only the number.
+# %% ../../nbs/2a_masked.ipynb #c01bf195
+def sample_masked(
+    transformer: Transformer,
+    labels: Tensor,
+    config: MaskedSampler,
+    seed: int = 0,
+    indices: Iterable[int] | None = None,
+) -> Tensor:
+    """New codes int64 (B, N), one sequence for each label; `labels` as in `as_labels`.
 
-    `config` is a `seqgan.config.MaskedSampler`. Sample b depends on labels[b], `seed` and indices[b] (default b) only, not on what is drawn beside it.
-    Raises ValueError for a causal transformer, labels that do not fit it, more steps than codes or `indices` of another number."""
-    for codes in reveal(transformer, labels, config, seed, indices):
-        pass
-    return codes
+    Sample b depends on labels[b], `seed` and indices[b] (default b) only, not on what is drawn
+    beside it. Raises ValueError for a causal transformer, labels that do not fit it, more steps
+    than codes, or another number of indices.
+    """
+    return deque(reveal(transformer, labels, config, seed, indices), maxlen=1).pop()
