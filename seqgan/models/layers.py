@@ -17,40 +17,40 @@ __all__ = [
 
 # %% ../../nbs/21_layers.ipynb #bc6f7a3d
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from math import gcd
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..core import require
+from ..core import check
 
 
 # %% ../../nbs/21_layers.ipynb #7a153150
-def group_norm(channels):
-    """Group normalisation (Wu and He, 2018) of (B, channels, H, W): 32 groups, as VQGAN, as long as each holds at least four channels.
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group normalisation (Wu and He, 2018) of (B, channels, H, W).
 
-    Raises ValueError if `channels` is not a multiple of 4."""
-    require(
-        channels > 0 and channels % 4 == 0,
-        "channels",
-        channels,
-        "a positive multiple of 4, because a group holds at least four",
-    )
+    There are 32 groups, as in VQGAN, as long as each holds at least four channels.
+    Raises ValueError if `channels` is not a multiple of 4.
+    """
+    fits = channels > 0 and channels % 4 == 0
+    check(fits, "channels must be a positive multiple of 4", channels)
     return nn.GroupNorm(gcd(32, channels // 4), channels)
 
 
 # %% ../../nbs/21_layers.ipynb #e56d1ff9
 class ResidualBlock(nn.Module):
-    """GN-Swish-Conv-GN-Swish-Conv beside a skip connection (Table 7): (B, in_channels, H, W) -> (B, out_channels, H, W).
+    """GN-Swish-Conv-GN-Swish-Conv beside a skip connection (Table 7).
 
-    Convolutions are 3x3 with bias; the skip is the identity, or a 1x1 convolution where the number of channels changes."""
+    (B, in_channels, H, W) -> (B, out_channels, H, W). Convolutions are 3x3 with bias; the skip is
+    the identity, or a 1x1 convolution where the number of channels changes.
+    """
 
-    def __init__(self, in_channels, out_channels):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.branch = nn.Sequential(
             group_norm(in_channels),
@@ -60,126 +60,135 @@ class ResidualBlock(nn.Module):
             nn.SiLU(),
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )
-        self.skip = (
-            nn.Identity()
-            if in_channels == out_channels
-            else nn.Conv2d(in_channels, out_channels, 1)
-        )
+        self.skip = nn.Identity()
+        if in_channels != out_channels:
+            self.skip = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.skip(x) + self.branch(x)
 
 
 # %% ../../nbs/21_layers.ipynb #25e5e04b
 class Downsample(nn.Module):
-    """Halve the grid by a 3x3 convolution of stride 2: (B, channels, H, W) -> (B, channels, H/2, W/2), for even H and W.
+    """Halve the grid by a 3x3 convolution of stride 2.
 
-    One row below and one column to the right are padded with zeros, as in VQGAN: output i sees the input rows 2i to 2i + 2."""
+    (B, channels, H, W) -> (B, channels, H/2, W/2), for even H and W. One row below and one column
+    to the right are padded with zeros, as in VQGAN: output i sees the input rows 2i to 2i + 2.
+    """
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 # %% ../../nbs/21_layers.ipynb #ffbea3a3
 class Upsample(nn.Module):
-    """Double the grid: repeat each position 2x2 times, then a 3x3 convolution that may change the number of channels.
+    """Double the grid: repeat each position 2x2 times, then apply a 3x3 convolution.
 
-    (B, in_channels, h, w) -> (B, out_channels, 2h, 2w). Both steps are computed as one transposed convolution of stride 2."""
+    (B, in_channels, h, w) -> (B, out_channels, 2h, 2w). Both steps are computed as one transposed
+    convolution of stride 2.
+    """
 
-    def __init__(self, in_channels, out_channels):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
-    def forward(self, x):
-        rows = F.pad(self.conv.weight, (0, 0, 0, 1)) + F.pad(
-            self.conv.weight, (0, 0, 1, 0)
-        )  # (C', C, 4, 3)
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.conv.weight  # (C', C, 3, 3)
+        rows = F.pad(w, (0, 0, 0, 1)) + F.pad(w, (0, 0, 1, 0))  # (C', C, 4, 3)
         kernel = F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))  # (C', C, 4, 4)
-        return F.conv_transpose2d(
-            x, kernel.flip(2, 3).transpose(0, 1), self.conv.bias, stride=2, padding=1
-        )
+        kernel = kernel.flip(2, 3).transpose(0, 1)  # (C, C', 4, 4)
+        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 
 
 # %% ../../nbs/21_layers.ipynb #f6d19aa2
-def attend(q, k, v, causal, dropout=0.0):
-    "Scaled dot-product attention of q, k, v (B, heads, n, d), causal or over all keys, with dropout on the weights: fused, or written out on the CPU."
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float = 0.0) -> Tensor:
+    """Scaled dot-product attention of q, k, v (B, heads, n, d), with dropout on the weights.
+
+    Each query sees the keys up to its own position (`causal`) or all of them.
+    Fused, or written out on the CPU.
+    """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, n, n)
     if causal:
-        scores = scores + torch.full(scores.shape[-2:], float("-inf"), dtype=scores.dtype).triu(1)
+        future = torch.full(scores.shape[-2:], float("-inf"), dtype=scores.dtype).triu(1)
+        scores = scores + future
     return F.dropout(scores.softmax(-1), dropout) @ v  # (B, heads, n, d)
 
 
 # %% ../../nbs/21_layers.ipynb #100a6d3c
 class BlockAttention(nn.Module):
-    """Multi-head self-attention in groups of block x block positions, residual: (B, channels, H, W) -> the same. The identity until trained.
+    """Multi-head self-attention in groups of block x block positions, residual.
 
-    A group is a block of neighbours (regional), or, `dilated`, the positions at steps of H/block and W/block (HiT, Zhao et al., 2021).
-    A side shorter than `block` is in one group as a whole. Raises ValueError for a longer side that is not a multiple of `block`, or if
-    `channels` is not a multiple of 4 and of `heads`."""
+    (B, channels, H, W) -> the same; the identity until trained. A group is a block of neighbours
+    (regional), or, `dilated`, the positions at steps of H/block and W/block (HiT, Zhao et al.,
+    2021). A side shorter than `block` is in one group as a whole.
 
-    def __init__(self, channels, heads, block, dilated):
+    Raises ValueError for a longer side that is not a multiple of `block`, and if `channels` is
+    not a multiple of 4 and of `heads`.
+    """
+
+    def __init__(self, channels: int, heads: int, block: int, dilated: bool):
         super().__init__()
-        require(
-            heads >= 1 and channels % heads == 0,
-            "attention heads",
-            heads,
-            f"a divisor of the channels, {channels}",
-        )
+        divides = heads >= 1 and channels % heads == 0
+        check(divides, f"attention_heads must be a divisor of the {channels} channels", heads)
         self.heads, self.block, self.dilated = heads, block, dilated
-        self.norm, self.qkv, self.project = (
-            group_norm(channels),
-            nn.Conv2d(channels, 3 * channels, 1),
-            nn.Conv2d(channels, channels, 1),
-        )
-        nn.init.zeros_(self.project.weight)
-        nn.init.zeros_(self.project.bias)  # the identity: phase two starts as phase one ended
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.project = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.project.weight)  # the identity: phase two starts as phase one ended
+        nn.init.zeros_(self.project.bias)
 
-    def forward(self, x):
+    def _split(self, side: int) -> tuple[int, int]:
+        "Sizes of a side's outer and inner index: position = outer * size of inner + inner."
+        block = min(self.block, side)
+        fits = side % block == 0
+        must = f"sides of a feature map must be multiples of attention_block = {self.block}"
+        check(fits, f"{must}, or smaller", side)
+        return (block, side // block) if self.dilated else (side // block, block)
+
+    def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        h, w = min(self.block, H), min(self.block, W)  # positions of a group, down and across
-        require(
-            H % h == 0 and W % w == 0,
-            "height and width of the features",
-            (H, W),
-            f"multiples of block = {self.block}, or smaller",
-        )
-        rows, columns = ((h, H // h), (w, W // w)) if self.dilated else ((H // h, h), (W // w, w))
-        i, Y, j, X = (
-            (4, 5, 6, 7) if self.dilated else (5, 4, 7, 6)
-        )  # axes: position and group, down and across
+        rows, columns = self._split(H), self._split(W)
         qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, -1, *rows, *columns)
-        # Groups count as heads and not as a batch: some CUDA kernels take less than 65,536 of a batch, 64 images of 256x256 have that many groups.
-        q, k, v = qkv.permute(1, 0, Y, X, 2, i, j, 3).reshape(
-            3, B, -1, h * w, C // self.heads
-        )  # (B, groups·heads, h·w, d) each
-        y = attend(q, k, v, causal=False).view(B, H // h, W // w, self.heads, h, w, -1)
-        y = y.permute(0, *((4, 1, 5, 2) if self.dilated else (1, 4, 2, 5)), 3, 6).reshape(
-            B, H, W, C
-        )  # each position back in its place
+        # Group (Y, X) and member (i, j): the outer and the inner index, or the other way round.
+        Y, X, i, j = (5, 7, 4, 6) if self.dilated else (4, 6, 5, 7)
+        qkv = qkv.permute(1, 0, Y, X, 2, i, j, 3)  # (3, B, Y, X, heads, i, j, d)
+        grouped = qkv.shape[1:]
+        # Groups count as heads and not as a batch: some CUDA kernels take fewer than 65,536 of a
+        # batch, and 64 images of 256x256 have that many groups.
+        q, k, v = qkv.reshape(3, B, -1, grouped[4] * grouped[5], C // self.heads)
+        y = attend(q, k, v, causal=False).view(grouped)  # (B, Y, X, heads, i, j, d)
+        back = (4, 1, 5, 2) if self.dilated else (1, 4, 2, 5)
+        y = y.permute(0, *back, 3, 6).reshape(B, H, W, C)
         return x + self.project(y.permute(0, 3, 1, 2))  # (B, C, H, W)
 
 
+# %% ../../nbs/21_layers.ipynb #62a69175
 class BDAttention(nn.Sequential):
-    "A pair of Table 7's B&D attention: regional, then dilated. (B, channels, H, W) -> the same."
+    """A pair of Table 7's B&D attention: regional, then dilated.
 
-    def __init__(self, channels, heads, block):
-        super().__init__(
-            OrderedDict(
-                (name, BlockAttention(channels, heads, block, dilated=name == "dilated"))
-                for name in ("regional", "dilated")
-            )
+    (B, channels, H, W) -> the same.
+    """
+
+    def __init__(self, channels: int, heads: int, block: int):
+        pair = OrderedDict(
+            regional=BlockAttention(channels, heads, block, dilated=False),
+            dilated=BlockAttention(channels, heads, block, dilated=True),
         )
+        super().__init__(pair)
 
 
 # %% ../../nbs/21_layers.ipynb #74240a3d
-def enable_gradient_checkpointing(blocks):
-    "Let each of these modules keep its input only in a forward pass with gradients, and compute the rest again in the backward pass."
+def enable_gradient_checkpointing(blocks: Iterable[nn.Module]) -> None:
+    """Let each of these modules keep only its input in a forward pass with gradients.
+
+    The rest is computed again in the backward pass.
+    """
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -187,7 +196,7 @@ def enable_gradient_checkpointing(blocks):
 # %% ../../nbs/21_layers.ipynb #2f004d6a
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    "Models in evaluation mode inside the block; afterwards each submodule is in the mode it was in."
+    "Models in evaluation mode; afterwards each submodule is in the mode that it was in."
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
