@@ -169,7 +169,7 @@ def is_main_process() -> bool:
 def print_main(text: object) -> None:
     "Print a line at once, on the main process only."
     if is_main_process():
-        print(text, flush=True)
+        print(text, flush=hasattr(sys.stdout, "flush"))
 
 
 def progress(
@@ -180,13 +180,14 @@ def progress(
     Outside a terminal it writes every ten seconds, so that a log or a saved notebook stays small,
     and nothing for work that takes less than five. `kwargs` go to tqdm.
     """
-    live = sys.stdout.isatty()
+    isatty = getattr(sys.stdout, "isatty", None)  # a host program may have replaced stdout
+    live = isatty is not None and isatty()
     return tqdm(
         iterable,
         total=total,
         desc=desc,
         file=sys.stdout,
-        disable=not is_main_process(),
+        disable=not is_main_process() or sys.stdout is None,
         mininterval=0.2 if live else 10,
         maxinterval=10,
         delay=0 if live else 5,
