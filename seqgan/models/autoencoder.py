@@ -6,88 +6,101 @@
 __all__ = ["Encoder", "Decoder"]
 
 # %% ../../nbs/22_autoencoder.ipynb #5a00b8bb
-from torch import nn
+from torch import Tensor, nn
+
 from ..config import Autoencoder
-from ..core import require
+from ..core import check
 from .features import check_image_batch
 from .layers import BDAttention, Downsample, ResidualBlock, Upsample, group_norm
 
 
 # %% ../../nbs/22_autoencoder.ipynb #74618123
-def _conv(in_channels, out_channels):
+def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
-def _head(channels, out_channels):
+def _head(channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(group_norm(channels), nn.SiLU(), _conv(channels, out_channels))
 
 
-def _level(config, level, in_channels, extra=0):
-    "The residual blocks of one resolution (0: the finest), `extra` more than in Table 7; the first one changes the number of channels."
-    width = config.channels * config.multipliers[level]
-    count = (config.bottom if level == len(config.multipliers) - 1 else config.blocks) + extra
-    require(count >= 1, "residual blocks a resolution", count, "at least 1")
-    return nn.Sequential(*(ResidualBlock(width if i else in_channels, width) for i in range(count)))
+def _widths(config: Autoencoder) -> list[int]:
+    "Channels of each resolution, the finest first."
+    return [config.channels * multiplier for multiplier in config.multipliers]
+
+
+def _level(config: Autoencoder, level: int, in_channels: int, extra: int = 0) -> nn.Sequential:
+    """The residual blocks of one resolution (level 0: the finest), `extra` more than in Table 7.
+
+    The first one changes the number of channels.
+    """
+    width = _widths(config)[level]
+    coarsest = level == len(config.multipliers) - 1
+    count = (config.bottom if coarsest else config.blocks) + extra
+    check(count >= 1, "residual blocks per resolution must be at least 1", count)
+    first = ResidualBlock(in_channels, width)
+    return nn.Sequential(first, *(ResidualBlock(width, width) for _ in range(count - 1)))
 
 
 # %% ../../nbs/22_autoencoder.ipynb #6624ce28
 class Encoder(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> features z (B, code_dim, H/f, W/f), f = config.stride (Table 7, phase one).
+    """The encoder of Table 7: images (B, 3, H, W) in [-1, 1] -> features z (B, code_dim, H/f, W/f).
 
-    H and W may differ. Raises ValueError for images of another range, number of channels or size (`seqgan.models.features.check_image_batch`)."""
+    f = config.stride; H and W may differ. Raises ValueError for images of another range, number
+    of channels or size (`seqgan.models.features.check_image_batch`).
+    """
 
     def __init__(self, config: Autoencoder):
         super().__init__()
-        self.stride, widths = config.stride, [config.channels * m for m in config.multipliers]
+        self.stride, widths = config.stride, _widths(config)
+        inputs = [config.channels, *widths[:-1]]  # channels that each level receives
         self.input = _conv(3, config.channels)
-        self.levels = nn.ModuleList(
-            _level(config, l, c) for l, c in enumerate([config.channels, *widths[:-1]])
-        )
+        self.levels = nn.ModuleList(_level(config, i, c) for i, c in enumerate(inputs))
         self.down = nn.ModuleList(map(Downsample, widths[:-1]))
         self.output = _head(widths[-1], config.code_dim)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         check_image_batch(images, self.stride)
         x = self.levels[0](self.input(images))  # (B, c_0, H, W)
-        for down, level in zip(self.down, self.levels[1:]):
+        for down, level in zip(self.down, self.levels[1:], strict=True):
             x = level(down(x))  # (B, c_l, H/2^l, W/2^l)
         return self.output(x)  # (B, code_dim, H/f, W/f)
 
 
 # %% ../../nbs/22_autoencoder.ipynb #4b54bc6a
 class Decoder(nn.Module):
-    """Quantized features z_q (B, code_dim, h, w) -> images (B, 3, f h, f w), around [-1, 1] but not limited to it (Table 7).
+    """The decoder of Table 7: features z_q (B, code_dim, h, w) -> images (B, 3, f h, f w).
 
-    `config.attention` pairs of B&D attention end each level (1: Table 7, phase two), after `config.extra_blocks` more residual blocks (Table 1).
-    Raises ValueError if z_q does not have code_dim channels; with attention, also if a grid does not divide into blocks (`seqgan.models.layers.BlockAttention`)."""
+    The images lie around [-1, 1] but are not limited to it. Each level has `config.extra_blocks`
+    more residual blocks (Table 1) and ends in `config.attention` pairs of B&D attention (1 in
+    phase two, Table 7). Raises ValueError if z_q does not have code_dim channels and, with
+    attention, if a grid does not divide into blocks (`seqgan.models.layers.BlockAttention`).
+    """
 
     def __init__(self, config: Autoencoder):
         super().__init__()
-        self.code_dim, widths = config.code_dim, [config.channels * m for m in config.multipliers]
+        self.code_dim, widths = config.code_dim, _widths(config)
+        levels = reversed(range(len(widths)))  # the coarsest first
         self.input = _conv(config.code_dim, widths[-1])
         self.levels = nn.ModuleList(
-            _level(config, l, widths[l], config.extra_blocks) for l in reversed(range(len(widths)))
+            _level(config, i, widths[i], config.extra_blocks) for i in levels
         )
         self.up = nn.ModuleList(map(Upsample, widths[:0:-1], widths[-2::-1]))
         self.output = _head(widths[0], 3)
-        self.attention = nn.ModuleList(  # empty, the identity, in phase one
-            nn.Sequential(
-                *(
-                    BDAttention(width, config.attention_heads, config.attention_block)
-                    for _ in range(config.attention)
-                )
-            )
-            for width in widths[::-1]
-        )
+        self.attention = nn.ModuleList(self._attention(config, c) for c in widths[::-1])
 
-    def forward(self, z_q):
-        require(
-            z_q.ndim == 4 and z_q.shape[1] == self.code_dim,
-            "shape of the features",
-            tuple(z_q.shape),
-            f"(B, {self.code_dim}, h, w)",
+    @staticmethod
+    def _attention(config: Autoencoder, channels: int) -> nn.Sequential:
+        "The attention at the end of a level; empty, the identity, in phase one."
+        pairs = (
+            BDAttention(channels, config.attention_heads, config.attention_block)
+            for _ in range(config.attention)
         )
+        return nn.Sequential(*pairs)
+
+    def forward(self, z_q: Tensor) -> Tensor:
+        fits = z_q.ndim == 4 and z_q.shape[1] == self.code_dim
+        check(fits, f"z_q must have the shape (B, {self.code_dim}, h, w)", tuple(z_q.shape))
         x = self.attention[0](self.levels[0](self.input(z_q)))  # (B, c_L, h, w)
-        for up, level, attention in zip(self.up, self.levels[1:], self.attention[1:]):
+        for up, level, attention in zip(self.up, self.levels[1:], self.attention[1:], strict=True):
             x = attention(level(up(x)))  # (B, c_l, f h/2^l, f w/2^l)
         return self.output(x)  # (B, 3, f h, f w)
