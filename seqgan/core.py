@@ -12,6 +12,7 @@ __all__ = [
     "seed_of",
     "generator",
     "in_test",
+    "checkout",
     "project_root",
     "home",
     "device",
@@ -34,6 +35,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -112,28 +114,56 @@ def in_test() -> bool:
     return bool(os.environ.get("IN_TEST"))
 
 
-def project_root() -> Path:
-    "The project's folder: the nearest one upwards with a settings.ini, else that of the package."
+def _is_checkout(folder: Path) -> bool:
+    try:
+        settings = (folder / "settings.ini").read_text(errors="replace")
+    except OSError:
+        return False
+    return re.search(r"^lib_name *= *seqgan$", settings, re.MULTILINE) is not None
+
+
+def checkout() -> Path | None:
+    "This project's checkout: around the current folder, else around the package, else None."
     here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "settings.ini").exists():
+    package = Path(__file__).parent if "__file__" in globals() else here
+    for folder in (here, *here.parents, package.parent):
+        if _is_checkout(folder):
             return folder
-    return Path(__file__).parents[1] if "__file__" in globals() else here
+    return None
 
 
+def project_root() -> Path:
+    "This project's checkout, or, for a plain install, the current folder."
+    return checkout() or Path.cwd()
+
+
+# %% ../nbs/00_core.ipynb #10e933d3
 @cache
 def _temporary_home() -> Path:
     return Path(tempfile.mkdtemp(prefix="seqgan-"))
 
 
+@cache
+def _default_home() -> Path:
+    return project_root()
+
+
+@cache
+def _given_home(folder: str) -> Path:
+    expanded = os.path.expanduser(folder)
+    check(expanded[0] != "~", "SEQGAN_HOME must begin with a path or a user that exists", folder)
+    return Path(expanded).absolute()
+
+
 def home() -> Path:
     """The folder in which runs/ and reports/ are written.
 
-    It is $SEQGAN_HOME if set, a temporary folder under `nbdev_test`, else the project's folder.
+    It is $SEQGAN_HOME if set (`~` is a home), a temporary folder under `nbdev_test`, else the
+    project's folder.
     """
-    if os.environ.get("SEQGAN_HOME"):
-        return Path(os.environ["SEQGAN_HOME"])
-    return _temporary_home() if in_test() else project_root()
+    if folder := os.environ.get("SEQGAN_HOME"):
+        return _given_home(folder)
+    return _temporary_home() if in_test() else _default_home()
 
 
 # %% ../nbs/00_core.ipynb #b65ee50a

@@ -1,7 +1,10 @@
-"""`import seqgan` is fast, and what most programs need is at its top."""
+"""`import seqgan` is fast, what most programs need is at its top, and a plain install works."""
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +27,22 @@ def test_public_names():
     assert {"Tokenizer", "Transformer", "sample", "preset", "__version__"} <= set(dir(seqgan))
     with pytest.raises(AttributeError, match="no attribute 'tokenizer_of'"):
         _ = seqgan.tokenizer_of
+
+
+def test_a_plain_install_writes_into_the_current_folder(tmp_path):
+    site, work = tmp_path / "site-packages", tmp_path / "another project"
+    shutil.copytree(Path(seqgan.__file__).parent, site / "seqgan")
+    work.mkdir()
+    (work / "settings.ini").write_text("[DEFAULT]\nlib_name = another\n")
+    env = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    for name in ("SEQGAN_HOME", "IN_TEST"):
+        env.pop(name, None)
+    code = (
+        "import os, seqgan.core as c; print(c.__file__, c.home()); os.chdir('/'); print(c.home())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=work, env=env, capture_output=True, text=True, check=True
+    )
+    first, then = done.stdout.splitlines()
+    assert first == f"{site}/seqgan/core.py {work}"
+    assert then == str(work)
