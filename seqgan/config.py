@@ -444,6 +444,48 @@ class Memory(Settings):
     )
 
 
+# %% ../nbs/02_config.ipynb #e85857b7
+def _check_sizes(config: "Experiment") -> None:
+    size, stride = config.data.size, config.autoencoder.stride
+    check(
+        size.bit_count() == 1,
+        "data.size must be a power of two, which the discriminator can halve down to 4",
+        size,
+    )
+    check(size % stride == 0, f"data.size must be a multiple of the stride {stride}", size)
+    block = config.autoencoder.attention_block
+    sides = [config.grid << level for level in range(len(config.autoencoder.multipliers))]
+    check(
+        not config.autoencoder.attention
+        or all(side <= block or side % block == 0 for side in sides),
+        "autoencoder.attention_block must divide, or exceed, each side of the decoder's grids, "
+        f"{sides}",
+        block,
+    )
+    check(
+        config.transformer.causal or config.masked_sampler.steps <= config.grid**2,
+        f"masked_sampler.steps must be at most the {config.grid**2} codes of an image, "
+        "since each step reveals at least one",
+        config.masked_sampler.steps,
+    )
+
+
+def _check_trainings(config: "Experiment") -> None:
+    steps = config.tokenizer_training.steps
+    check(
+        config.perceptual.warmup < steps,
+        f"perceptual.warmup must be less than tokenizer_training.steps = {steps}",
+        config.perceptual.warmup,
+    )
+    for name in ("tokenizer_training", "second_phase", "transformer_training"):
+        batch = getattr(config, name).batch
+        check(
+            batch % config.memory.gradient_accumulation == 0,
+            f"memory.gradient_accumulation must divide {name}.batch = {batch}",
+            config.memory.gradient_accumulation,
+        )
+
+
 # %% ../nbs/02_config.ipynb #3eecfedf
 @dataclass(frozen=True)
 class Experiment(Settings):
@@ -471,49 +513,10 @@ class Experiment(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_sizes()
-        self._check_trainings()
+        _check_sizes(self)
+        _check_trainings(self)
 
     @property
     def grid(self) -> int:
         "Side of the grid of codes: 16 in the paper."
         return self.data.size // self.autoencoder.stride
-
-    def _check_sizes(self) -> None:
-        size, stride = self.data.size, self.autoencoder.stride
-        check(
-            size.bit_count() == 1,
-            "data.size must be a power of two, which the discriminator can halve down to 4",
-            size,
-        )
-        check(size % stride == 0, f"data.size must be a multiple of the stride {stride}", size)
-        block = self.autoencoder.attention_block
-        sides = [self.grid << level for level in range(len(self.autoencoder.multipliers))]
-        check(
-            not self.autoencoder.attention
-            or all(side <= block or side % block == 0 for side in sides),
-            "autoencoder.attention_block must divide, or exceed, each side of the decoder's grids, "
-            f"{sides}",
-            block,
-        )
-        check(
-            self.transformer.causal or self.masked_sampler.steps <= self.grid**2,
-            f"masked_sampler.steps must be at most the {self.grid**2} codes of an image, "
-            "since each step reveals at least one",
-            self.masked_sampler.steps,
-        )
-
-    def _check_trainings(self) -> None:
-        steps = self.tokenizer_training.steps
-        check(
-            self.perceptual.warmup < steps,
-            f"perceptual.warmup must be less than tokenizer_training.steps = {steps}",
-            self.perceptual.warmup,
-        )
-        for name in ("tokenizer_training", "second_phase", "transformer_training"):
-            batch = getattr(self, name).batch
-            check(
-                batch % self.memory.gradient_accumulation == 0,
-                f"memory.gradient_accumulation must divide {name}.batch = {batch}",
-                self.memory.gradient_accumulation,
-            )

@@ -204,6 +204,7 @@ def _source_in_tables(name: str, setting: str, value: Any) -> str:
     return ""
 
 
+# %% ../nbs/03_presets.ipynb #5fc52a0e
 def settings_table(config: Experiment | None = None) -> pd.DataFrame:
     """All settings of an experiment, by default the paper's: columns `value` and `source`.
 

@@ -105,6 +105,7 @@ def _as_type(name: str, value: Any, type_: Any) -> Any:
     return type_(value)
 
 
+# %% ../nbs/01_settings.ipynb #14369758
 class Settings:
     "A group of settings: each has the type and lies in the range that its field states."
 
