@@ -173,6 +173,22 @@ def test_cifar10(tmp_path, monkeypatch):
         load(Data(str(folder), size=8), "train")
 
 
+# names
+
+
+def test_a_folder_called_shapes(tmp_path, monkeypatch):
+    "It is a question, and ./shapes is the folder; so is the folder of shapes.zip."
+    monkeypatch.chdir(write_images(tmp_path, 30, ("shapes",)))
+    for function in (resolve_data, lambda data: load(data, "val")):
+        with pytest.raises(ValueError, match=r"There is also the folder .*Write \./shapes for"):
+            function(Data("shapes", size=12, val=8))
+    folder = resolve_data(Data("./shapes", size=12))
+    assert (folder.name, len(load(folder, "all"))) == ("./shapes", 30)
+    with pytest.raises(ValueError, match=r"fingerprint must be empty"):
+        monkeypatch.chdir(tmp_path.parent)
+        load(Data("shapes", size=12, val=8, fingerprint=folder.fingerprint), "val")
+
+
 # layouts
 
 

@@ -23,7 +23,7 @@ from ..config import Data
 from ..core import check, progress
 from .databases import PackedNames, Source
 from .decoding import RESIZE, decode_image  # noqa: F401
-from .folders import open_source
+from .folders import is_drawn, open_source
 from .layouts import printable
 from .shapes import draw_shapes, shapes_classes
 
@@ -217,10 +217,10 @@ def load(data: Data, split: str) -> ImageSet:
     ValueError for a folder that is not there, holds no image that can be decoded, has changed since
     `resolve_data`, or does not fit in memory.
     """
-    is_drawn = data.name == "shapes"
-    splits = ("train", "val") if is_drawn else ("train", "val", "all")
+    drawn = is_drawn(data)
+    splits = ("train", "val") if drawn else ("train", "val", "all")
     check(split in splits, f"split must be one of {', '.join(splits)}", split)
-    if is_drawn:
+    if drawn:
         count = getattr(data, split)
         _check_memory(data.size, count)
         return ImageSet(*draw_shapes(0, split, range(count), data.size), shapes_classes)
