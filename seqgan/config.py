@@ -453,11 +453,13 @@ def _check_sizes(config: "Experiment") -> None:
         size,
     )
     check(size % stride == 0, f"data.size must be a multiple of the stride {stride}", size)
+    has_attention = config.autoencoder.attention > 0
+    if config.phase == 2:
+        has_attention = has_attention or config.second_phase.attention > 0
     block = config.autoencoder.attention_block
     sides = [config.grid << level for level in range(len(config.autoencoder.multipliers))]
     check(
-        not config.autoencoder.attention
-        or all(side <= block or side % block == 0 for side in sides),
+        not has_attention or all(side <= block or side % block == 0 for side in sides),
         "autoencoder.attention_block must divide, or exceed, each side of the decoder's grids, "
         f"{sides}",
         block,
