@@ -189,6 +189,17 @@ def test_a_folder_called_shapes(tmp_path, monkeypatch):
         load(Data("shapes", size=12, val=8, fingerprint=folder.fingerprint), "val")
 
 
+def test_the_current_folder(tmp_path, monkeypatch):
+    "It has a name, and a relative path is that of the folder where we are."
+    for name, count in (("a", 30), ("b", 40)):
+        monkeypatch.chdir(write_images(tmp_path / name / "pets", count).parent)
+        assert resolve_data(Data("pets")).name == "pets"
+        assert len(load(Data("pets", size=12), "all")) == count
+    monkeypatch.chdir("pets")
+    assert resolve_data(Data(".")).name == str(tmp_path / "b" / "pets")
+    assert resolve_data(Data("..")).name == str(tmp_path / "b")
+
+
 # layouts
 
 

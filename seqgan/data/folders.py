@@ -65,10 +65,11 @@ def _locate(name: str) -> tuple[Path, str]:
     "The folder called `name`, or that of the archive called so: where it is, what to call it."
     for place in _places(name):
         if place.is_dir():
-            return place, _folder_name(name)
+            return place, _folder_name(name, place)
         if place.is_file() and place.name.lower().endswith(ARCHIVES):
             folder = unpack(place)
-            return folder, _folder_name(Path(name).parent / folder.relative_to(place.parent))
+            name = Path(name).parent / folder.relative_to(place.parent)
+            return folder, _folder_name(name, folder)
     check(
         False,
         f"data.name must be `{DRAWN}` or the path of a folder of images or of an archive "
@@ -78,10 +79,16 @@ def _locate(name: str) -> tuple[Path, str]:
     )
 
 
-def _folder_name(path: str | Path) -> str:
-    "What a folder is called from now on: as it was named, but never as the drawn scenes are."
-    name = Path(path).as_posix()
-    return f"./{name}" if name == DRAWN else name
+def _folder_name(path: str | Path, folder: Path) -> str:
+    """What `folder` is called from now on: `path`, as it was named.
+
+    `.` and `..` become the whole path, which ends in a name for tables and files; and a folder
+    is never called as the drawn scenes are.
+    """
+    path = Path(path)
+    if path.name in ("", ".."):
+        return str(folder.resolve())
+    return f"./{DRAWN}" if path.as_posix() == DRAWN else path.as_posix()
 
 
 # %% ../../nbs/14_folders.ipynb #880cd39e

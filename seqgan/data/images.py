@@ -23,7 +23,7 @@ from ..config import Data
 from ..core import check, progress
 from .databases import PackedNames, Source
 from .decoding import RESIZE, decode_image  # noqa: F401
-from .folders import is_drawn, open_source
+from .folders import DRAWN, is_drawn, open_source
 from .layouts import printable
 from .shapes import draw_shapes, shapes_classes
 
@@ -187,7 +187,7 @@ def _decode_all(source: Source, size: int, name: str) -> tuple[torch.Tensor, lis
         )
         warnings.warn(
             f"{name}: {len(broken)} of {count} files cannot be decoded and are left out: {first}",
-            stacklevel=3,
+            stacklevel=4,
         )
         images = np.delete(images, broken, 0)
     return torch.from_numpy(images), broken
@@ -208,7 +208,6 @@ class ImageSet:
         return len(self.images)
 
 
-@cache
 def load(data: Data, split: str) -> ImageSet:
     """The split "train" or "val" of `data`, or "all" images of a folder, ordered by their paths.
 
@@ -217,6 +216,13 @@ def load(data: Data, split: str) -> ImageSet:
     ValueError for a folder that is not there, holds no image that can be decoded, has changed since
     `resolve_data`, or does not fit in memory.
     """
+    is_relative = data.name != DRAWN and not os.path.isabs(data.name)
+    return _load(data, split, os.getcwd() if is_relative else "")
+
+
+@cache
+def _load(data: Data, split: str, current_folder: str) -> ImageSet:
+    "`load`; a relative path is looked up from the current folder."
     drawn = is_drawn(data)
     splits = ("train", "val") if drawn else ("train", "val", "all")
     check(split in splits, f"split must be one of {', '.join(splits)}", split)
