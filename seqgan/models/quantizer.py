@@ -20,6 +20,7 @@ __all__ = [
     "batch_entropy",
     "draw_codes",
     "kmeans",
+    "Codebook",
     "QuantizerLosses",
     "Quantizer",
 ]
@@ -217,30 +218,19 @@ def kmeans(
     return codebook
 
 
-# %% ../../nbs/23_quantizer.ipynb #5a418af0
-class QuantizerLosses(TypedDict):
-    "The terms of the quantizer's loss, scalars, and the soft usage that its entropy is taken from."
+# %% ../../nbs/23_quantizer.ipynb #a08f8a28
+class Codebook(nn.Module):
+    """K codes, and what features and codes have to do with each other (Equation 1), in float32.
 
-    codebook: Tensor  # Equation 2, moves the codes
-    commitment: Tensor  # Equation 2 without beta, moves the features
-    entropy: Tensor  # section 3.4, nats, at most ln K; of the whole batch
-    vq: Tensor  # codebook + beta * commitment - gamma * entropy: a term of the training loss
-    mean_assignment: Tensor  # (K,), of the features at hand, without gradient
-
-
-# %% ../../nbs/23_quantizer.ipynb #97d95ac7
-class Quantizer(nn.Module):
-    """Codebook with straight-through gradient, commitment and entropy terms, in float32 throughout.
-
-    Equations 1 and 2, section 3.4. Features and codes are compared in d dimensions: d = D, the
-    channels of z, or `config.factors` of them and then with length 1 (Table 5, ViT-VQGAN).
+    They are compared in d dimensions: d = D, the channels of z, or `config.factors` of them and
+    then with length 1 (Table 5, ViT-VQGAN).
     """
 
     def __init__(self, config: QuantizerConfig, code_dim: int):
         super().__init__()
         self.config, self.code_dim = config, code_dim
         d = config.factors or code_dim
-        self.codebook = nn.Parameter(torch.randn(config.codes, d))  # (K, d), until `init_from`
+        self.codebook = nn.Parameter(torch.randn(config.codes, d))  # (K, d)
         self.down = nn.Linear(code_dim, d) if config.factors else nn.Identity()
         self.up = nn.Linear(d, code_dim) if config.factors else nn.Identity()
 
@@ -276,8 +266,29 @@ class Quantizer(nn.Module):
         check(fits, "codes must be int64 of shape (B, h, w)", (codes.dtype, tuple(codes.shape)))
         check_codes(codes, len(self.codebook))
         with torch.autocast(codes.device.type, enabled=False):
-            z_q = self.up(F.embedding(codes, self.code_vectors()))  # (B, h, w, D)
-            return z_q.permute(0, 3, 1, 2).contiguous()
+            return self.to_channels(F.embedding(codes, self.code_vectors()))
+
+    def to_channels(self, z_q: Tensor) -> Tensor:
+        "Code vectors (B, h, w, d) -> (B, D, h, w), what the decoder takes."
+        return self.up(z_q).permute(0, 3, 1, 2).contiguous()
+
+
+# %% ../../nbs/23_quantizer.ipynb #5a418af0
+class QuantizerLosses(TypedDict):
+    "The terms of the quantizer's loss, scalars, and the soft usage that its entropy is taken from."
+
+    codebook: Tensor  # Equation 2, moves the codes
+    commitment: Tensor  # Equation 2 without beta, moves the features
+    entropy: Tensor  # section 3.4, nats, at most ln K; of the whole batch
+    vq: Tensor  # codebook + beta * commitment - gamma * entropy: a term of the training loss
+    mean_assignment: Tensor  # (K,), of the features at hand, without gradient
+
+
+class Quantizer(Codebook):
+    """A codebook with the straight-through gradient and the losses of Equation 2 and section 3.4.
+
+    The state is the codebook's (`Codebook`), which starts at random, until `init_from`.
+    """
 
     def forward(
         self, z: Tensor, reduce_mean_assignment: Reduction | None = None
@@ -287,31 +298,24 @@ class Quantizer(nn.Module):
         If z is a part of a batch, or one process's share of it, `reduce_mean_assignment` makes the
         whole batch's mean assignment of this part's: see `batch_entropy`.
         """
+        c = self.config
         with torch.autocast(z.device.type, enabled=False):
             z, vectors = self.features(z), self.code_vectors()  # (B, h, w, d), (K, d)
-            codes, mean, entropy = self._assign(z, vectors, reduce_mean_assignment)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and c.gamma > 0):  # else a report
+                codes, mean = assign(z.flatten(0, 2), vectors, c.distance, c.temperature)
+                entropy = batch_entropy(mean, reduce_mean_assignment)
+            codes = codes.view(z.shape[:3])  # (B, h, w)
             z_q = F.embedding(codes, vectors)  # (B, h, w, d)
             codebook, commitment = codebook_and_commitment(z, z_q)
-            vq = codebook + self.config.beta * commitment - self.config.gamma * entropy
             losses = QuantizerLosses(
                 codebook=codebook,
                 commitment=commitment,
                 entropy=entropy,
-                vq=vq,
+                vq=codebook + c.beta * commitment - c.gamma * entropy,
                 mean_assignment=mean.detach(),
             )
             losses["soft"] = losses["mean_assignment"]  # its former name
-            z_q = self.up(straight_through(z, z_q))  # (B, h, w, D)
-            return z_q.permute(0, 3, 1, 2).contiguous(), codes, losses
-
-    def _assign(
-        self, z: Tensor, vectors: Tensor, reduce_mean_assignment: Reduction | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        "Codes (B, h, w), mean assignment (K,) and entropy; at gamma = 0 it is a report only."
-        c = self.config
-        with torch.set_grad_enabled(torch.is_grad_enabled() and c.gamma > 0):
-            codes, mean = assign(z.flatten(0, 2), vectors, c.distance, c.temperature)
-            return codes.view(z.shape[:3]), mean, batch_entropy(mean, reduce_mean_assignment)
+            return self.to_channels(straight_through(z, z_q)), codes, losses
 
     @torch.no_grad()
     def init_from(self, z: Tensor, seed: int) -> None:
@@ -319,8 +323,7 @@ class Quantizer(nn.Module):
 
         `seed` decides which.
         """
-        features = self.features(z).flatten(0, 2)
-        g = generator("codebook", seed)
+        features, g = self.features(z).flatten(0, 2), generator("codebook", seed)
         self.codebook.copy_(draw_codes(features, len(self.codebook), g))
 
     @torch.no_grad()
