@@ -230,6 +230,33 @@ def test_what_a_folder_holds_is_said(tmp_path, capfd):
     assert len(every) == 42 and every.labels.bincount().tolist() == [2, 20, 20]
 
 
+@pytest.mark.parametrize(
+    "train, val",
+    [("Training", "Test"), ("Train", "Val"), ("train2017", "val2017"), ("train", "eval")],
+)
+def test_splits_by_other_names(tmp_path, train, val):
+    write_paths(tmp_path, f"{train}/cat/1.png", f"{train}/dog/2.png", f"{val}/dog/3.png")
+    found = {split: load(Data(str(tmp_path), size=12), split) for split in ("train", "val")}
+    assert found["train"].classes == found["val"].classes == ("cat", "dog")
+    assert [found[split].labels.tolist() for split in found] == [[0, 1], [1]]
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("train2014", "train2017", "val2017"),
+        ("car", "train"),
+        ("val", "test"),
+        ("bottle/train", "bottle/test", "cable"),
+    ],
+)
+def test_splits_that_are_a_question(tmp_path, folders):
+    write_paths(tmp_path, *[f"{folder}/{i}.png" for folder in folders for i in range(30)])
+    for split in ("train", "val", "all"):
+        with pytest.raises(ValueError, match="look like splits"):
+            load(Data(str(tmp_path), size=12), split)
+
+
 def test_validation_images_without_class_folders(tmp_path):
     write_paths(tmp_path, "train/cat/1.png", "train/dog/2.png", "val/3.png", "4.png")
     for split in ("train", "val"):

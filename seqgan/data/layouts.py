@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = [
     "TWENTIETH",
-    "VAL_FOLDERS",
+    "SPLIT_WORDS",
+    "NEUTRAL_WORDS",
     "FFHQ",
     "WORDS",
     "ANNOTATIONS",
@@ -24,6 +25,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from ..core import check
 
 
 # %% ../../nbs/12_layouts.ipynb #70d0ea7a
@@ -86,24 +89,101 @@ def _one_tree(paths: list[str], top: str) -> Layout:
     )
 
 
-# %% ../../nbs/12_layouts.ipynb #1491b8f3
-VAL_FOLDERS = ("val", "valid", "validation", "test")  # the first of them that is there
+# %% ../../nbs/12_layouts.ipynb #3cc46ade
+SPLIT_WORDS = {  # in a folder's name -> the split
+    **dict.fromkeys(("train", "training", "trainset"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "valset", "dev", "eval", "evaluation"), "val"),
+    **dict.fromkeys(("test", "testing", "testset"), "test"),
+}
+NEUTRAL_WORDS = {"set", "split", "data", "images", "image", "imgs", "img", "jpg", "png"}
 
 
-def _splits(paths: list[str], top: str) -> Layout | None:
-    "Training and validation images in folders of their own."
-    parts = [path.removeprefix(top).split("/") for path in paths]
-    folders = {names[0] for names in parts if len(names) > 1}
-    found = [name for name in VAL_FOLDERS if name in folders]
-    if "train" not in folders or not found:
+@dataclass(frozen=True)
+class _SplitFolder:
+    name: str
+    split: str  # "train", "val" or "test"
+    rest: tuple[str, ...]  # the other words of its name, without neutral ones and numbers
+
+
+def _as_split(name: str) -> _SplitFolder | None:
+    "What a folder's name says of a split, if it has one word for it."
+    words = re.findall("[a-z]+", name.lower())
+    splits = [SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS]
+    if len(splits) != 1:
         return None
-    val_folder = f"{top}{found[0]}/"
+    rest = [word for word in words if word not in SPLIT_WORDS and word not in NEUTRAL_WORDS]
+    return _SplitFolder(name, splits[0], tuple(rest))
+
+
+def _split_folders(names: Iterable[str]) -> list[_SplitFolder]:
+    """Those of the folders called `names`, side by side, that look like splits.
+
+    A name with other words in it looks like one if there is its counterpart: `seg_train` beside
+    `seg_test`, but not `train_station` beside `harbour`.
+    """
+    found = [folder for folder in map(_as_split, sorted(names)) if folder]
+    splits_of_rest = {}
+    for folder in found:
+        splits_of_rest.setdefault(folder.rest, set()).add(folder.split)
+    return [
+        folder
+        for folder in found
+        if not folder.rest or "train" in (splits := splits_of_rest[folder.rest]) and len(splits) > 1
+    ]
+
+
+# %% ../../nbs/12_layouts.ipynb #086bd48b
+def _splits(paths: list[str], top: str) -> Layout | None:
+    """Training and validation images in folders of their own; None if no folder looks like a split.
+
+    Raises ValueError if it is not clear which folder is what.
+    """
+    parts = [path.removeprefix(top).split("/") for path in paths]
+    names = {folders[0] for folders in parts if len(folders) > 1}
+    found = _split_folders(names)
+    if not found:
+        _check_no_splits_within(parts)
+        return None
+    by_split = {
+        split: [f.name for f in found if f.split == split] for split in ("train", "val", "test")
+    }
+    train, val = by_split["train"], by_split["val"] or by_split["test"]
+    shown = ", ".join(f"{top}{folder.name}/" for folder in found)
+    check(
+        len(train) == 1 and (len(val) == 1 or names == {train[0]}),
+        "data.name must be a folder in which it is clear what is for training and what is for "
+        "validation",
+        shown,
+        "These look like splits. Keep one for training and one for validation or a test beside "
+        "each other, or rename them if they are classes.",
+    )
+    train_folder = f"{top}{train[0]}/"
+    if not val:
+        return _one_tree([path for path in paths if path.startswith(train_folder)], train_folder)
+    val_folder = f"{top}{val[0]}/"
     return Layout(
-        train=_by_class(paths, f"{top}train/"),
+        train=_by_class(paths, train_folder),
         val=_by_class(paths, val_folder),
         chosen=val_folder,
         val_folder=val_folder,
     )
+
+
+def _check_no_splits_within(parts: list[list[str]]) -> None:
+    "Raises ValueError if a folder holds one for training beside one for validation or a test."
+    inside = {}
+    for folders in parts:
+        for depth in range(1, len(folders) - 1):
+            inside.setdefault("/".join(folders[:depth]), set()).add(folders[depth])
+    for folder, names in inside.items():
+        splits = {found.split for found in _split_folders(names)}
+        check(
+            not ("train" in splits and len(splits) > 1),
+            "data.name must be a folder with its splits at the top",
+            f"{folder}/",
+            "There are folders in it that look like splits: name it by itself, or sort the images "
+            "into train/ and val/ above the classes.",
+        )
 
 
 # %% ../../nbs/12_layouts.ipynb #7bf2c0d6
