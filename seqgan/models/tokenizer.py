@@ -7,113 +7,110 @@ __all__ = ["Tokenizer"]
 
 # %% ../../nbs/27_tokenizer.ipynb #3d92bf9e
 import hashlib
-import torch
 from dataclasses import asdict, replace
-from ..config import Autoencoder, Quantizer as QuantizerConfig, from_dict
-from ..core import require
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ..config import Autoencoder, from_dict
+from ..config import Quantizer as QuantizerConfig
+from ..core import check
 from .autoencoder import Decoder, Encoder
 from .features import Network, weights_digest
 from .pretrained import Pretrained, exact_settings
-from .quantizer import Quantizer
+from .quantizer import Quantizer, QuantizerLosses, Reduction
 
 
 # %% ../../nbs/27_tokenizer.ipynb #ded6137a
 class Tokenizer(Network, Pretrained):
-    """Images (B, 3, H, W) in [-1, 1] <-> codes (B, H/f, W/f), int64 in [0, K). Section 3.1; architecture of Table 7.
+    """Images (B, 3, H, W) in [-1, 1] <-> codes (B, H/f, W/f), int64 in [0, K).
 
-    `size` is the side of the images that it was trained on, if that is known. Raises ValueError if it is not a multiple of the stride f."""
+    Section 3.1; architecture of Table 7. `size` is the side of the images that it was trained on,
+    if that is known. Raises ValueError if it is not a multiple of the stride f.
+    """
 
-    def __init__(self, autoencoder: Autoencoder, quantizer: QuantizerConfig, size=None):
+    def __init__(
+        self, autoencoder: Autoencoder, quantizer: QuantizerConfig, size: int | None = None
+    ):
         super().__init__()
-        self.config, self.stride, self.size = (
-            dict(autoencoder=autoencoder, quantizer=quantizer),
-            autoencoder.stride,
-            size,
-        )
-        require(
-            size is None or type(size) is int and size > 0 and size % self.stride == 0,
-            "size",
-            size,
-            f"a positive multiple of the compression ratio {self.stride}, or None",
-        )
-        self.encoder, self.decoder = Encoder(autoencoder), Decoder(autoencoder)
+        self.config = dict(autoencoder=autoencoder, quantizer=quantizer)
+        self.stride = autoencoder.stride
+        valid = size is None or (type(size) is int and size > 0 and size % self.stride == 0)
+        must = f"size must be None or a positive multiple of the compression ratio {self.stride}"
+        check(valid, must, size)
+        self.size = size
+        self.encoder = Encoder(autoencoder)
+        self.decoder = Decoder(autoencoder)
         self.quantizer = Quantizer(quantizer, autoencoder.code_dim)
 
-    def forward(self, images, whole=None):
-        "Reconstruction (B, 3, H, W) not clamped, codes (B, h, w), and the quantizer's losses by name; `whole` as in `seqgan.models.quantizer.Quantizer`."
-        z_q, codes, losses = self.quantizer(self.encoder(images), whole)  # (B, D, h, w), (B, h, w)
+    def forward(
+        self, images: Tensor, reduce_mean_assignment: Reduction | None = None
+    ) -> tuple[Tensor, Tensor, QuantizerLosses]:
+        """Reconstruction (B, 3, H, W), not clamped, codes (B, h, w), and the quantizer's losses.
+
+        `reduce_mean_assignment` is that of `seqgan.models.quantizer.Quantizer`.
+        """
+        z = self.encoder(images)  # (B, D, h, w)
+        z_q, codes, losses = self.quantizer(z, reduce_mean_assignment)  # (B, D, h, w), (B, h, w)
         return self.decoder(z_q).float(), codes, losses  # (B, 3, H, W)
 
     @torch.no_grad()
-    def encode(self, images):
-        "Codes (B, H/f, W/f) of images (B, 3, H, W) in [-1, 1], of any float type. Raises ValueError for others, and if a side is not a multiple of f."
-        require(
-            isinstance(images, torch.Tensor),
-            "type of the images",
-            type(images).__name__,
-            "a float tensor (B, 3, H, W) in [-1, 1]",
-        )
-        return self.quantizer.encode(
-            self.encoder(images.float() if images.is_floating_point() else images)
-        )
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes (B, H/f, W/f) of images (B, 3, H, W) in [-1, 1], of any float type.
+
+        Raises ValueError for others, and if a side is not a multiple of f.
+        """
+        must = "images must be a float tensor (B, 3, H, W) in [-1, 1]"
+        check(isinstance(images, Tensor), must, type(images).__name__)
+        images = images.float() if images.is_floating_point() else images
+        return self.quantizer.encode(self.encoder(images))
 
     @torch.no_grad()
-    def decode(self, codes):
-        "Images (B, 3, f h, f w) in [-1, 1] of codes int64 (B, h, w) in [0, K). Raises ValueError for others."
-        require(
-            isinstance(codes, torch.Tensor),
-            "type of the codes",
-            type(codes).__name__,
-            "an int64 tensor (B, h, w)",
-        )
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images (B, 3, f h, f w) in [-1, 1] of codes int64 (B, h, w) in [0, K).
+
+        Raises ValueError for others.
+        """
+        must = "codes must be an int64 tensor (B, h, w)"
+        check(isinstance(codes, Tensor), must, type(codes).__name__)
         return self.decoder(self.quantizer.lookup(codes)).float().clamp(-1, 1)
 
-    def reconstruct(self, images):
+    def reconstruct(self, images: Tensor) -> Tensor:
         "decode(encode(images))."
         return self.decode(self.encode(images))
 
-    def enhance(self, attention):
-        """Section 3.4: a tokenizer with these weights whose decoder has `attention` B&D pairs a level, and whose encoder and codebook are frozen.
+    def enhance(self, attention: int) -> Self:
+        """Section 3.4: a tokenizer with these weights whose decoder has `attention` B&D pairs per
+        level, and whose encoder and codebook are frozen.
 
-        New attention starts as the identity, so it draws the same images until it is trained."""
-        c = replace(self.config["autoencoder"], attention=attention)
-        tokenizer = Tokenizer(c, self.config["quantizer"], self.size)
+        New attention starts as the identity, so it draws the same images until it is trained.
+        """
+        autoencoder = replace(self.config["autoencoder"], attention=attention)
+        tokenizer = Tokenizer(autoencoder, self.config["quantizer"], self.size)
         missing, unexpected = tokenizer.load_state_dict(self.state_dict(), strict=False)
         strange = unexpected + [name for name in missing if "attention" not in name]
-        require(
-            not strange,
-            "weights",
-            strange,
-            "a tokenizer whose decoder differs by its attention only",
-        )
+        check(not strange, "only the attention of the decoder may differ", strange)
         tokenizer.encoder.requires_grad_(False)
         tokenizer.quantizer.requires_grad_(False)
         return tokenizer
 
-    def codes_digest(self):
-        "SHA-256 (hexadecimal) of what codes depend on, encoder and quantizer: whatever the decoder, and wherever the weights are."
-        parts = (
-            weights_digest(self.encoder),
-            weights_digest(self.quantizer),
-            f"normalize={self.config['quantizer'].normalize}",
-        )
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    def codes_digest(self) -> str:
+        """SHA-256 (hexadecimal) of what codes depend on, encoder and quantizer: whatever the
+        decoder, and wherever the weights are."""
+        encoder, quantizer = weights_digest(self.encoder), weights_digest(self.quantizer)
+        text = f"{encoder} {quantizer} normalize={self.config['quantizer'].normalize}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
-    def _config(self):
-        return {name: asdict(part) for name, part in self.config.items()} | {
-            "images": {"size": self.size, "channels": 3, "range": [-1, 1]}
-        }
+    def _config(self) -> dict:
+        images = {"size": self.size, "channels": 3, "range": [-1, 1]}
+        return {name: asdict(part) for name, part in self.config.items()} | {"images": images}
 
     @classmethod
-    def _from_config(cls, values):
-        autoencoder, quantizer, images = exact_settings(
-            values, "autoencoder", "quantizer", "images"
-        )
+    def _from_config(cls, values: dict) -> Self:
+        groups = exact_settings(values, "autoencoder", "quantizer", "images")
+        autoencoder, quantizer, images = groups
         size, channels, extent = exact_settings(images, "size", "channels", "range")
-        require(
-            (channels, extent) == (3, [-1, 1]),
-            "images.channels, images.range",
-            (channels, extent),
-            "3 and [-1, 1], the only ones that there are",
-        )
+        found = (channels, extent)
+        check(found == (3, [-1, 1]), "images must have 3 channels and the range [-1, 1]", found)
         return cls(from_dict(Autoencoder, autoencoder), from_dict(QuantizerConfig, quantizer), size)

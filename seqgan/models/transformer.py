@@ -261,13 +261,8 @@ class Transformer(nn.Module, Pretrained):
         names = ("transformer", "codes", "positions", "classes", "tokenizer")
         settings, codes, positions, classes, tokenizer = exact_settings(values, *names)
         config = from_dict(TransformerConfig, settings)
-        for name, number, least in (
-            ("transformer.blocks", config.blocks, 1),
-            ("transformer.heads", config.heads, 1),
-            ("codes", codes, 1),
-            ("positions", positions, 1),
-            ("classes", classes, 0),
-        ):
+        sizes = (("codes", codes, 1), ("positions", positions, 1), ("classes", classes, 0))
+        for name, number, least in sizes:
             valid = type(number) is int and number >= least
             check(valid, f"{name} must be an integer of at least {least}", number)
         must = "tokenizer must be the codes_digest of a tokenizer, or ''"
