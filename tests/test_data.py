@@ -257,6 +257,19 @@ def test_splits_that_are_a_question(tmp_path, folders):
             load(Data(str(tmp_path), size=12), split)
 
 
+@pytest.mark.parametrize("val", ["val/images/v{}.png", "val/n{}/v{}.png", "val/n{}/images/v{}.png"])
+def test_tiny_imagenet(tmp_path, val):
+    "As published, and with images for validation sorted into class folders beside the annotations."
+    write_paths(tmp_path, *[f"train/n{i % 2}/images/{i}.png" for i in range(8)])
+    write_paths(tmp_path, *[val.replace("{}", str(i)) for i in range(2)], "test/images/t.png")
+    annotations = "".join(f"v{i}.png\tn{i}\t0\t0\t9\t9\n" for i in range(2))
+    (tmp_path / "val" / "val_annotations.txt").write_text(annotations)
+    (tmp_path / "words.txt").write_text("n0\tgoldfish, Carassius auratus\n")
+    found = {split: load(Data(str(tmp_path), size=12), split) for split in ("train", "val")}
+    assert found["train"].classes == found["val"].classes == ("goldfish", "n1")
+    assert [found[split].labels.tolist() for split in found] == [[0] * 4 + [1] * 4, [0, 1]]
+
+
 def test_validation_images_without_class_folders(tmp_path):
     write_paths(tmp_path, "train/cat/1.png", "train/dog/2.png", "val/3.png", "4.png")
     for split in ("train", "val"):

@@ -26,7 +26,7 @@ from seqgan.data.databases import (
     find_lmdbs,
     lsun_source,
 )
-from .layouts import TINY_IMAGENET, Layout, find_layout, printable
+from .layouts import Layout, find_layout, is_tiny_imagenet_text, printable
 
 # %% ../../nbs/14_folders.ipynb #30d4714e
 DRAWN = "shapes"  # the dataset that is drawn by code, see `seqgan.data.shapes`
@@ -121,10 +121,10 @@ def _walk(folder: Path) -> Iterator[tuple[str, os.DirEntry]]:
 
 
 def _list_images(folder: Path) -> list[tuple[str, int]]:
-    "Sorted (path within `folder`, bytes) of its images and of the text files of `TINY_IMAGENET`."
+    "Sorted (path within `folder`, bytes) of its images and of Tiny-ImageNet's text files."
     files = []
     for path, entry in progress(_walk(folder), desc=f"listing {folder}"):
-        if path.lower().endswith(SUFFIXES) or path in TINY_IMAGENET:
+        if path.lower().endswith(SUFFIXES) or is_tiny_imagenet_text(path):
             try:
                 files.append((path, entry.stat().st_size))
             except OSError:
@@ -181,7 +181,7 @@ def _contents(folder: Path) -> Contents:
     else:
         files = _list_images(folder)
     check(
-        any(path not in TINY_IMAGENET for path, _ in files),
+        not all(is_tiny_imagenet_text(path) for path, _ in files),
         f"data.name must be a folder with at least one image ({' '.join(SUFFIXES)})",
         str(folder),
     )
@@ -208,10 +208,12 @@ def _path_of(folder: Path, name: bytes) -> str:
 def _image_source(contents: Contents, split: str, name: str) -> Source:
     "The split 'train', 'val' or 'all' of a folder of images."
     folder = contents.folder
-    paths = [path for path, _ in contents.files if path not in TINY_IMAGENET]
-    texts = {
-        path: (folder / path).read_text() for path, _ in contents.files if path in TINY_IMAGENET
-    }
+    paths, texts = [], {}
+    for path, _ in contents.files:
+        if is_tiny_imagenet_text(path):
+            texts[path] = (folder / path).read_text(encoding="utf-8", errors="replace")
+        else:
+            paths.append(path)
     layout = find_layout(paths, texts)
     if split == "train":
         print_main(_summary(folder, layout, len(paths)))
@@ -256,7 +258,7 @@ def _check_classes(layout: Layout, name: str) -> None:
     unknown = [printable(c) if c else "images in no folder" for c in unknown]
     check(
         not unknown,
-        f"{layout.val_folder} must have the class folders of train/ and no others",
+        f"{layout.val_folder} must have class folders of the images for training and no others",
         name,
         f"There are besides: {', '.join(unknown[:3])}. Sort the images of {layout.val_folder} into "
         "class folders, or take it away, and a fixed twentieth is held out.",

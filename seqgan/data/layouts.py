@@ -14,6 +14,7 @@ __all__ = [
     "Layout",
     "printable",
     "held_out",
+    "is_tiny_imagenet_text",
     "find_layout",
 ]
 
@@ -215,35 +216,44 @@ def _ffhq(paths: list[str], top: str) -> Layout | None:
     )
 
 
-# %% ../../nbs/12_layouts.ipynb #73e0cbff
+# %% ../../nbs/12_layouts.ipynb #e4528dca
 WORDS, ANNOTATIONS = TINY_IMAGENET = ("words.txt", "val/val_annotations.txt")
 
 
-def _tiny_imagenet(paths: list[str], texts: dict[str, str]) -> Layout:
-    train, present = _by_class(paths, "train/"), set(paths)
+def is_tiny_imagenet_text(path: str) -> bool:
+    "Whether a path is that of one of the text files that tell the classes of Tiny-ImageNet."
+    return any(path == name or path.endswith(f"/{name}") for name in TINY_IMAGENET)
+
+
+def _tiny_imagenet(paths: list[str], top: str, texts: dict[str, str]) -> Layout | None:
+    if f"{top}{ANNOTATIONS}" not in texts:
+        return None
+    train, present = _by_class(paths, f"{top}train/"), set(paths)
     classes = set(train.values())
-    val = {}
-    for line in texts[ANNOTATIONS].splitlines():
+    in_class_folders = _by_class(paths, f"{top}val/").items()
+    val = {path: name for path, name in in_class_folders if name in classes}
+    chosen = f"{top}val/" if val else f"{top}{ANNOTATIONS}"
+    for line in texts[f"{top}{ANNOTATIONS}"].splitlines():
         image, *rest = line.split("\t")
-        path = f"val/images/{image}"
+        path = f"{top}val/images/{image}"
         if rest and rest[0] in classes and path in present:
             val[path] = rest[0]
-    lines = [line.split("\t") for line in texts.get(WORDS, "").splitlines()]
-    return Layout(
-        train=train,
-        val=val,
-        chosen=ANNOTATIONS,
-        class_names={line[0]: line[-1].split(",")[0] for line in lines},
-    )
+    words = [line.split("\t") for line in texts.get(f"{top}{WORDS}", "").splitlines()]
+    class_names = {line[0]: line[-1].split(",")[0] for line in words}
+    return Layout(train, val, chosen, class_names=class_names)
 
 
-# %% ../../nbs/12_layouts.ipynb #55a4eecf
+# %% ../../nbs/12_layouts.ipynb #c208a9d9
 def find_layout(paths: list[str], texts: dict[str, str] | None = None) -> Layout:
     """The layout of the images with these paths, at least one, below a folder.
 
-    `texts` holds those of the files `TINY_IMAGENET` that are there, by their paths.
+    `texts` holds those of Tiny-ImageNet's text files that are there, by their paths. Raises
+    ValueError if it is not clear what is for training and what is for validation.
     """
-    if ANNOTATIONS in (texts or {}):
-        return _tiny_imagenet(paths, texts)
     top = _common_folder(paths)
-    return _splits(paths, top) or _ffhq(paths, top) or _one_tree(paths, top)
+    return (
+        _tiny_imagenet(paths, top, texts or {})
+        or _splits(paths, top)
+        or _ffhq(paths, top)
+        or _one_tree(paths, top)
+    )
