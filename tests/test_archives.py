@@ -16,6 +16,7 @@ from seqgan.config import Data
 from seqgan.data import archives
 from seqgan.data.archives import unpack
 from seqgan.data.folders import resolve_data
+from seqgan.data.images import load
 
 
 def write_zip(path, *names, special=()):
@@ -87,6 +88,27 @@ def test_links_of_a_zip(tmp_path):
     with pytest.raises(ValueError, match="nothing was unpacked"):
         unpack(path)
     assert names_in(tmp_path) == ["a.zip"]
+
+
+def test_backslashes_in_a_zip(tmp_path):
+    "Windows programs that write them mean folders: classes and splits stay apart."
+    names = [
+        f"{split}\\{name}\\{split}.png" for split in ("train", "val") for name in ("cat", "dog")
+    ]
+    data = resolve_data(Data(str(write_zip(tmp_path / "a.zip", *names)), size=12))
+    train, val = load(data, "train"), load(data, "val")
+    assert train.classes == val.classes == ("cat", "dog")
+    assert (train.labels.tolist(), val.labels.tolist()) == ([0, 1], [0, 1])
+
+
+def test_a_folder_that_is_there_already(tmp_path, capfd):
+    "It is not unpacked again, and not without a word."
+    path = write_zip(tmp_path / "a.zip", "cat/1.png", "dog/2.png")
+    unpack(path)
+    (tmp_path / "a" / "cat" / "1.png").unlink()
+    assert capfd.readouterr().out == ""
+    assert names_in(unpack(path) / "cat") == []
+    assert capfd.readouterr().out == "a.zip was unpacked before: a/ is used as it is\n"
 
 
 def test_negative_size_in_a_tar(tmp_path):
@@ -162,6 +184,7 @@ import sys
 from seqgan.config import Data
 from seqgan.data.folders import resolve_data
 from seqgan.data.images import load
+from seqgan.data.images import load
 data = resolve_data(Data(sys.argv[1]))
 print(data.name, data.fingerprint, len(load(data, 'val')))
 """
@@ -171,7 +194,7 @@ def test_processes_that_start_together_unpack_once(child, tmp_path):
     names = [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(300)]
     path = write_zip(tmp_path / "pets.zip", *names)
     runs = [child(sys.executable, "-c", RESOLVE, str(path), start=True) for _ in range(2)]
-    outputs = [run.communicate(timeout=120)[0] for run in runs]
+    outputs = [run.communicate(timeout=120)[0].splitlines()[-1] for run in runs]
     assert outputs[0] == outputs[1], outputs
     assert outputs[0].startswith(f"{tmp_path / 'pets'} "), outputs
     assert names_in(tmp_path) == ["pets", "pets.zip"]

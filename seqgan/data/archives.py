@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from ..core import check, progress
+from ..core import check, print_main, progress
 
 # %% ../../nbs/11_archives.ipynb #667d08ac
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -45,6 +45,7 @@ def _members(archive: zipfile.ZipFile | tarfile.TarFile) -> Iterator[_Member]:
         for info in archive.infolist():
             mode = stat.S_IFMT(info.external_attr >> 16)
             is_plain = mode in (0, stat.S_IFREG, stat.S_IFDIR)
+            info.filename = info.filename.replace("\\", "/")  # where it is unpacked to
             yield _Member(info, info.filename, info.file_size, is_plain)
     else:
         for info in iter(archive.next, None):
@@ -108,9 +109,9 @@ def _unpack_whole(file: IO[bytes], is_zip: bool, temporary: Path, target: Path) 
 def unpack(archive: Path) -> Path:
     """The folder that `archive` is unpacked into: beside it, and named after it.
 
-    If it holds one folder only, that one is returned. Unpacks if the folder does not exist.
-    `archive` has one of the suffixes `ARCHIVES`. Raises ValueError if it is damaged, larger than
-    the free disk, or has members that are not plain files inside it.
+    `archive` has one of the suffixes `ARCHIVES`. If it holds one folder only, that one is returned.
+    A folder that is there already is used as it is, and a line says so. Raises ValueError if the
+    archive is damaged, larger than the free disk, or has members that are not plain files in it.
     """
     suffix = next(s for s in ARCHIVES if archive.name.lower().endswith(s))
     target = archive.with_name(archive.name[: -len(suffix)])
@@ -121,8 +122,9 @@ def unpack(archive: Path) -> Path:
             for abandoned in archive.parent.glob(glob.escape(prefix) + "*"):
                 shutil.rmtree(abandoned, ignore_errors=True)
         if not target.is_dir():
-            _unpack_whole(
-                file, suffix == ".zip", archive.with_name(f"{prefix}{os.getpid()}"), target
-            )
+            temporary = archive.with_name(f"{prefix}{os.getpid()}")
+            _unpack_whole(file, suffix == ".zip", temporary, target)
+        else:
+            print_main(f"{archive.name} was unpacked before: {target.name}/ is used as it is")
     inside = [p for p in target.iterdir() if not p.name.startswith((".", "__MACOSX"))]
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else target
