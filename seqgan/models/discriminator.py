@@ -16,110 +16,112 @@ __all__ = [
 ]
 
 # %% ../../nbs/25_discriminator.ipynb #dc914fef
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
 from ..config import Adversarial
-from ..core import require
+from ..core import check
 
 
 # %% ../../nbs/25_discriminator.ipynb #7ad85e44
-def blur(x, padding):
-    """The low-pass filter [1, 3, 3, 1] / 8 along both axes, zeros outside the image: (B, C, H, W) -> (B, C, H + 2 padding - 3, W + 2 padding - 3)."""
+def blur(x: Tensor, padding: int) -> Tensor:
+    """The low-pass filter [1, 3, 3, 1] / 8 along both axes, with zeros outside the image.
+
+    (B, C, H, W) -> (B, C, H + 2 padding - 3, W + 2 padding - 3).
+    """
     fir = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) / 8
-    return F.conv2d(
-        x, torch.outer(fir, fir).expand(x.shape[1], 1, 4, 4), padding=padding, groups=x.shape[1]
-    )
+    channels = x.shape[1]
+    kernel = torch.outer(fir, fir).expand(channels, 1, 4, 4)
+    return F.conv2d(x, kernel, padding=padding, groups=channels)
 
 
 # %% ../../nbs/25_discriminator.ipynb #a0792608
 class Scaled(nn.Module):
-    """A convolution or a linear layer with equalised learning rate: weight of `shape` (C', C, k, k) or (C', C).
+    """A convolution or a linear layer with equalised learning rate (Karras et al., 2018).
 
-    Weights start as N(0, 1) and are used as weight * gain / sqrt(fan_in), the bias starts at 0 and is used as bias * gain."""
+    The weight of `shape` (C', C, k, k) or (C', C) starts as N(0, 1) and is used as
+    weight * gain / sqrt(fan_in); the bias starts at 0 and is used as bias * gain.
+    """
 
-    def __init__(self, shape, gain=1.0, bias=True):
+    def __init__(self, shape: tuple[int, ...], gain: float = 1.0, bias: bool = True):
         super().__init__()
-        self.weight, self.bias = (
-            nn.Parameter(torch.randn(shape)),
-            nn.Parameter(torch.zeros(shape[0])) if bias else None,
-        )
-        self.gain, self.scale = gain, gain * self.weight[0].numel() ** -0.5
+        self.weight = nn.Parameter(torch.randn(shape))
+        self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
+        self.gain = gain
+        self.scale = gain * self.weight[0].numel() ** -0.5
 
-    def forward(self, x, stride=1, padding=0):
-        weight, bias = (
-            self.weight * self.scale,
-            None if self.bias is None else self.bias * self.gain,
-        )
-        return (
-            F.linear(x, weight, bias)
-            if weight.ndim == 2
-            else F.conv2d(x, weight, bias, stride, padding)
-        )
+    def forward(self, x: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+        weight = self.weight * self.scale
+        bias = None if self.bias is None else self.bias * self.gain
+        if weight.ndim == 2:
+            return F.linear(x, weight, bias)
+        return F.conv2d(x, weight, bias, stride, padding)
 
 
 # %% ../../nbs/25_discriminator.ipynb #b6d568d8
 class Block(nn.Module):
-    "Residual block of StyleGAN2's discriminator: (B, in_channels, H, W) -> (B, out_channels, H/2, W/2), for even H and W."
+    """Residual block of StyleGAN2's discriminator.
 
-    def __init__(self, in_channels, out_channels):
+    (B, in_channels, H, W) -> (B, out_channels, H/2, W/2), for even H and W.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.first = Scaled((in_channels, in_channels, 3, 3), gain=2**0.5)
         self.second = Scaled((out_channels, in_channels, 3, 3))
         self.skip = Scaled((out_channels, in_channels, 1, 1), gain=0.5**0.5, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = F.leaky_relu(self.first(x, padding=1), 0.2)  # (B, C, H, W)
         y = F.leaky_relu(self.second(blur(y, 2), stride=2), 0.2)  # (B, C', H/2, W/2)
         return y + self.skip(blur(x, 1)[..., ::2, ::2])  # (B, C', H/2, W/2)
 
 
 # %% ../../nbs/25_discriminator.ipynb #eab7a6d2
-def minibatch_std(x, most=4):
-    """Append a channel with the standard deviation inside groups of images, averaged over features and positions: (B, C, H, W) -> (B, C + 1, H, W).
+def minibatch_std(x: Tensor, most: int = 4) -> Tensor:
+    """Append a channel with the standard deviation inside groups of images.
 
-    A group has as many members as the largest divisor of B up to `most`; image b belongs to group b mod (number of groups)."""
-    size = max(g for g in range(1, most + 1) if len(x) % g == 0)
+    (B, C, H, W) -> (B, C + 1, H, W); the deviation is averaged over features and positions. A
+    group has as many members as the largest divisor of B up to `most`; image b belongs to group
+    b mod (number of groups).
+    """
+    size = max(n for n in range(1, most + 1) if len(x) % n == 0)
     groups = x.float().unflatten(0, (size, -1))  # (G, B/G, C, H, W)
     variance = (groups - groups.mean(0)).square().mean(0)  # (B/G, C, H, W)
     std = (variance + 1e-8).sqrt().mean((1, 2, 3)).to(x.dtype)  # (B/G,)
-    return torch.cat(
-        [x, std.repeat(size).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])], 1
-    )  # (B, C + 1, H, W)
+    channel = std.repeat(size).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])  # (B, 1, H, W)
+    return torch.cat([x, channel], 1)  # (B, C + 1, H, W)
 
 
 # %% ../../nbs/25_discriminator.ipynb #b1281dec
 class Discriminator(nn.Module):
-    """StyleGAN2's discriminator (Karras et al., 2020): images (B, 3, size, size) in [-1, 1] -> logits (B,), high for real images.
+    """StyleGAN2's discriminator (Karras et al., 2020).
 
-    Raises ValueError if `size` is not 8, 16, 32, ..., or if images of another shape arrive."""
+    Images (B, 3, size, size) in [-1, 1] -> logits (B,), high for real images.
+    Raises ValueError if `size` is not 8, 16, 32, ..., or if images of another shape arrive.
+    """
 
     def __init__(self, config: Adversarial, size: int):
         super().__init__()
-        levels = size.bit_length() - 3
-        require(
-            levels > 0 and size == 4 << levels,
-            "size of the images",
-            size,
-            "8, 16, 32, ...: the discriminator halves it down to 4",
-        )
-        self.size, widths = (
-            size,
-            [min(config.channels << level, config.most) for level in range(levels + 1)],
-        )
+        levels = size.bit_length() - 3  # halvings down to 4x4
+        halves = levels > 0 and size == 4 << levels
+        check(halves, "the discriminator's size of images must be one of 8, 16, 32, ...", size)
+        widths = [min(config.channels << level, config.most) for level in range(levels + 1)]
+        last = widths[-1]
+        self.size = size
         self.input = Scaled((widths[0], 3, 1, 1), gain=2**0.5)
         self.blocks = nn.Sequential(*map(Block, widths, widths[1:]))
-        self.last = Scaled((widths[-1], widths[-1] + 1, 3, 3), gain=2**0.5)
-        self.hidden = Scaled((widths[-1], widths[-1] * 16), gain=2**0.5)
-        self.logit = Scaled((1, widths[-1]))
+        self.last = Scaled((last, last + 1, 3, 3), gain=2**0.5)
+        self.hidden = Scaled((last, last * 4 * 4), gain=2**0.5)
+        self.logit = Scaled((1, last))
 
-    def forward(self, images):
-        require(
-            tuple(images.shape[1:]) == (3, self.size, self.size),
-            "shape of the images",
-            tuple(images.shape),
-            f"(B, 3, {self.size}, {self.size})",
-        )
+    def forward(self, images: Tensor) -> Tensor:
+        fits = tuple(images.shape[1:]) == (3, self.size, self.size)
+        must = f"images must have the shape (B, 3, {self.size}, {self.size})"
+        check(fits, must, tuple(images.shape))
         x = F.leaky_relu(self.input(images), 0.2)  # (B, c, size, size)
         x = minibatch_std(self.blocks(x))  # (B, C + 1, 4, 4)
         x = F.leaky_relu(self.last(x, padding=1), 0.2)  # (B, C, 4, 4)
@@ -128,37 +130,52 @@ class Discriminator(nn.Module):
 
 
 # %% ../../nbs/25_discriminator.ipynb #4f66583f
-def discriminator_loss(real_logits, fake_logits):
-    "The discriminator's logistic loss (Goodfellow et al., 2014): -log sigmoid(real) - log(1 - sigmoid(fake)), averaged over the batch; a scalar in fp32."
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """The discriminator's logistic loss (Goodfellow et al., 2014), a scalar in float32.
+
+    -log sigmoid(real) - log(1 - sigmoid(fake)), averaged over the batch; logits (B,).
+    """
     return F.softplus(-real_logits.float()).mean() + F.softplus(fake_logits.float()).mean()
 
 
-def generator_loss(fake_logits):
-    "The generator's non-saturating loss (Goodfellow et al., 2014): -log sigmoid(fake), averaged over the batch; a scalar in fp32."
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """The generator's non-saturating loss (Goodfellow et al., 2014), a scalar in float32.
+
+    -log sigmoid(fake), averaged over the batch; logits (B,).
+    """
     return F.softplus(-fake_logits.float()).mean()
 
 
 # %% ../../nbs/25_discriminator.ipynb #9c569fe3
-def r1_penalty(discriminator, real):
-    """R1 (Mescheder et al., 2018): the squared norm of the logit's gradient at real images (B, 3, H, W), averaged over the batch, in fp32.
+def r1_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
+    """R1 (Mescheder et al., 2018), a scalar in float32.
 
-    The weight r1 / 2 and, if the penalty is taken every k-th step only, the factor k are the caller's."""
+    The squared norm of the logit's gradient at real images (B, 3, H, W), averaged over the batch.
+    The weight r1 / 2 and, if the penalty is taken every k-th step only, the factor k are the
+    caller's.
+    """
     real = real.detach().float().requires_grad_()
     with torch.autocast(real.device.type, enabled=False):
-        (gradient,) = torch.autograd.grad(
-            discriminator(real).sum(), real, create_graph=True
-        )  # (B, 3, H, W)
+        logits = discriminator(real)
+        (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)  # (B, 3, H, W)
     return gradient.square().sum((1, 2, 3)).mean()
 
 
 # %% ../../nbs/25_discriminator.ipynb #2e7d9cc3
-def adversarial_scale(rec_grad, adv_grad, weight, bound, total=lambda squares: squares):
-    """The largest s <= weight with |s adv_grad| <= bound |rec_grad|, for gradients at the reconstructed images (B, 3, H, W).
+def adversarial_scale(
+    rec_grad: Tensor,
+    adv_grad: Tensor,
+    weight: float,
+    bound: float,
+    total: Callable[[Tensor], Tensor] = lambda squares: squares,
+) -> Tensor:
+    """The largest s <= weight with |s adv_grad| <= bound |rec_grad|, a scalar in float32.
 
-    s = min(weight, bound |rec_grad| / |adv_grad|), norms over the whole batch; a scalar tensor in fp32, finite for finite gradients, zero ones included.
-    If these are one process's share of the batch, `total` adds up the squared norms (2,) of all shares."""
-    squares = total(
-        torch.stack([g.norm(dtype=torch.float64).square() for g in (rec_grad, adv_grad)])
-    )  # float64: the squares cannot overflow
+    s = min(weight, bound |rec_grad| / |adv_grad|), for gradients at the reconstructed images
+    (B, 3, H, W), with norms over the whole batch; finite for finite gradients, zero ones included.
+    If these are one process's share of the batch, `total` adds up the squared norms (2,) of all.
+    """
+    norms = [g.norm(dtype=torch.float64) for g in (rec_grad, adv_grad)]
+    squares = total(torch.stack(norms).square())  # (2,), float64: they cannot overflow
     limit, norm = bound * squares[0].sqrt(), squares[1].sqrt()
     return torch.where(weight * norm <= limit, weight, limit / norm).float()
