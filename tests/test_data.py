@@ -55,6 +55,22 @@ def test_hostile_folder(tmp_path, capfd):
     assert torch.equal(first[good], train.images)
 
 
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    "An error: without its images there would be a class fewer."
+    write_images(tmp_path, 30, ("cat", "dog"))
+    scandir = os.scandir
+
+    def forbidding_scandir(path):  # root may read everything
+        if str(path).endswith("dog/"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidding_scandir)
+    for function in (resolve_data, lambda data: load(data, "val")):
+        with pytest.raises(ValueError, match="can be read throughout.*dog.*Permission denied"):
+            function(Data(str(tmp_path), size=12))
+
+
 # databases
 
 

@@ -103,13 +103,20 @@ def _walk(folder: Path) -> Iterator[tuple[str, os.DirEntry]]:
         try:
             at = os.stat(os.path.join(folder, inside))
             entries = list(os.scandir(os.path.join(folder, inside)))
-        except OSError:
-            continue  # gone, or not for us to read
+        except FileNotFoundError:
+            continue  # gone since
+        except OSError as error:
+            check(
+                False,
+                "data.name must be a folder that can be read throughout",
+                os.path.join(folder, inside),
+                f"{error.strerror}. Allow it to be read, or move it away.",
+            )
         if (at.st_dev, at.st_ino) in parents:
             continue
         for entry in entries:
-            if entry.name.startswith("."):
-                continue
+            if entry.name.startswith(".") or entry.name == "lost+found":
+                continue  # hidden, or the file system's own
             try:
                 is_folder = entry.is_dir()
             except OSError:
