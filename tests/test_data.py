@@ -240,10 +240,26 @@ def test_what_a_folder_holds_is_said(tmp_path, capfd):
     lines = [line for line in capfd.readouterr().out.splitlines() if "for training" in line]
     assert lines == [
         f"{tmp_path.name}: {len(train)} images for training, {len(val)} for validation "
-        "(a fixed twentieth), classes: 2; 2 others are left out"
+        "(a fixed twentieth), classes: 2; left out: 2 images of no class or split"
     ]
     assert train.classes == ("cat", "dog") and len(train) + len(val) == 40
     assert len(every) == 42 and every.labels.bincount().tolist() == [2, 20, 20]
+
+
+def test_files_with_other_suffixes(tmp_path, capfd):
+    "A .jfif is a JPEG; what may be an image and has no suffix of one is counted."
+    write_images(tmp_path, 40, ("cat", "dog"))
+    (tmp_path / "cat" / "x.jfif").write_bytes(encode(7, "JPEG"))
+    for name in ("cat/x", "dog/y", "dog/z.HEIC", "dog/.hidden"):
+        (tmp_path / name).write_bytes(encode(8))
+    train, every = (load(Data(str(tmp_path), size=12), split) for split in ("train", "all"))
+    line = capfd.readouterr().out.splitlines()[0]
+    assert line.endswith("left out: 3 other files (2 without a suffix, 1 .heic)"), line
+    assert len(every) == 41 and b"cat/x.jfif" in [*every.names]
+    (tmp_path / "heic").mkdir()
+    (tmp_path / "heic" / "z.heic").write_bytes(encode(8))
+    with pytest.raises(ValueError, match=r"at least one image .*1 other file \(1 \.heic\)"):
+        load(Data(str(tmp_path / "heic"), size=12), "train")
 
 
 @pytest.mark.parametrize(

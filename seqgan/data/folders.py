@@ -8,8 +8,9 @@ __all__ = ["DRAWN", "SUFFIXES", "is_drawn", "Contents", "resolve_data", "open_so
 # %% ../../nbs/14_folders.ipynb #49836bd0
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -92,7 +93,10 @@ def _folder_name(path: str | Path, folder: Path) -> str:
 
 
 # %% ../../nbs/14_folders.ipynb #880cd39e
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif"),
+    *(".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+)
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, os.DirEntry]]:
@@ -127,16 +131,34 @@ def _walk(folder: Path) -> Iterator[tuple[str, os.DirEntry]]:
                 yield inside + entry.name, entry
 
 
-def _list_images(folder: Path) -> list[tuple[str, int]]:
-    "Sorted (path within `folder`, bytes) of its images and of Tiny-ImageNet's text files."
-    files = []
+def _list_images(folder: Path) -> tuple[list[tuple[str, int]], Counter]:
+    """The images below a folder, Tiny-ImageNet's text files among them, and what else is there.
+
+    The former as sorted (path within `folder`, bytes), the latter as numbers of files by suffix.
+    """
+    files, others = [], Counter()
     for path, entry in progress(_walk(folder), desc=f"listing {folder}"):
         if path.lower().endswith(SUFFIXES) or is_tiny_imagenet_text(path):
             try:
                 files.append((path, entry.stat().st_size))
             except OSError:
                 files.append((path, -1))  # a link to nothing
-    return sorted(files)
+        else:
+            others[os.path.splitext(entry.name)[1].lower()] += 1
+    return sorted(files), others
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _describe(others: Counter) -> str:
+    "Files that are no images, by suffix: '42 other files (40 .txt, 2 without a suffix)'."
+    if not others:
+        return ""
+    common = [f"{n:,} {printable(s) or 'without a suffix'}" for s, n in others.most_common(3)]
+    common += ["and more"] * (len(others) > 3)
+    return f"{_count(others.total(), 'other file')} ({', '.join(common)})"
 
 
 # %% ../../nbs/14_folders.ipynb #23cd378a
@@ -162,6 +184,7 @@ class Contents:
     folder: Path  # absolute: images outlast a change of the current folder
     files: list[tuple[str, int]]  # path within it, bytes
     are_databases: bool
+    others: Counter = field(default_factory=Counter)  # files that are neither, by suffix
 
     def fingerprint(self) -> str:
         "Twelve hexadecimal digits that name the files, wherever the folder is."
@@ -184,15 +207,16 @@ def _contents(folder: Path) -> Contents:
     if not databases and (cifar10 := find_cifar10(folder)):
         databases = sorted(cifar10.glob("*batch*"))
     if databases:
-        files = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in databases]
-    else:
-        files = _list_images(folder)
+        sizes = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in databases]
+        return Contents(folder, sizes, are_databases=True)
+    files, others = _list_images(folder)
     check(
         not all(is_tiny_imagenet_text(path) for path, _ in files),
         f"data.name must be a folder with at least one image ({' '.join(SUFFIXES)})",
         str(folder),
+        f"It holds {_describe(others) or 'no files'}.",
     )
-    return Contents(folder, files, bool(databases))
+    return Contents(folder, files, are_databases=False, others=others)
 
 
 def resolve_data(data: Data) -> Data:
@@ -223,7 +247,7 @@ def _image_source(contents: Contents, split: str, name: str) -> Source:
             paths.append(path)
     layout = find_layout(paths, texts)
     if split == "train":
-        print_main(_summary(folder, layout, len(paths)))
+        print_main(_summary(contents, layout, len(paths)))
     if split != "all":
         _check_classes(layout, name)
     chosen = {
@@ -246,15 +270,17 @@ def _image_source(contents: Contents, split: str, name: str) -> Source:
     )
 
 
-def _summary(folder: Path, layout: Layout, count: int) -> str:
-    "One line: how many images a folder holds, for what, and how many are left out."
+def _summary(contents: Contents, layout: Layout, count: int) -> str:
+    "One line: how many of a folder's `count` images are for what, and what is left out."
     text = (
-        f"{printable(folder.name)}: {len(layout.train):,} images for training, "
+        f"{printable(contents.folder.name)}: {_count(len(layout.train), 'image')} for training, "
         f"{len(layout.val):,} for validation ({printable(layout.chosen)}), "
         f"classes: {len({*layout.train.values(), *layout.val.values()}):,}"
     )
-    left_out = count - len(layout.train) - len(layout.val)
-    return f"{text}; {left_out:,} others are left out" if left_out else text
+    unused = count - len(layout.train) - len(layout.val)
+    left_out = [f"{_count(unused, 'image')} of no class or split"] * bool(unused)
+    left_out += [_describe(contents.others)] * bool(contents.others)
+    return f"{text}; left out: {' and '.join(left_out)}" if left_out else text
 
 
 def _check_classes(layout: Layout, name: str) -> None:
