@@ -262,6 +262,41 @@ def test_files_with_other_suffixes(tmp_path, capfd):
         load(Data(str(tmp_path / "heic"), size=12), "train")
 
 
+HASHES = [hashlib.sha1(b"%d" % i).hexdigest() for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    "paths, classes",
+    [
+        ([f"{'/'.join(name[:6])}/{name}.webp" for name in HASHES], 1),  # LSUN's export
+        ([f"{name[:2]}/{name}.jpg" for name in HASHES], 1),
+        ([f"{i // 1000 * 1000:05d}/{i:05d}.png" for i in range(0, 9000, 300)], 1),  # some of FFHQ
+        (
+            [
+                f"{name[0]}/{name}/{i}.jpg"
+                for name in ("airfield", "alley", "bar")
+                for i in range(9)
+            ],
+            3,
+        ),
+        ([f"{name}/{name}_{i}.jpg" for name in ("a", "b", "n01440764") for i in range(9)], 3),
+    ],
+)
+def test_folders_that_store(tmp_path, paths, classes):
+    "Hashes, thousands and initials are no classes."
+    write_paths(tmp_path, *paths)
+    train, val = (load(Data(str(tmp_path), size=12), split) for split in ("train", "val"))
+    assert (len(train.classes), len(train) + len(val)) == (classes, len(paths))
+
+
+def test_images_beside_their_annotations(tmp_path):
+    "Oxford's pets: a question, and no two classes."
+    write_paths(tmp_path, "images/Abyssinian_1.jpg", "annotations/trimaps/Abyssinian_1.png")
+    with pytest.raises(ValueError, match="name images itself"):
+        load(Data(str(tmp_path), size=12), "train")
+    assert load(Data(str(tmp_path / "images"), size=12), "all").classes == ("images",)
+
+
 @pytest.mark.parametrize(
     "train, val",
     [("Training", "Test"), ("Train", "Val"), ("train2017", "val2017"), ("train", "eval")],

@@ -4,6 +4,8 @@
 
 # %% auto #0
 __all__ = [
+    "IMAGE_WORDS",
+    "ANNOTATION_WORDS",
     "TWENTIETH",
     "SPLIT_WORDS",
     "NEUTRAL_WORDS",
@@ -48,18 +50,80 @@ def printable(name: bytes | str) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def _by_class(paths: Iterable[str], top: str = "") -> dict[str, str]:
-    "Path -> class, the folder below `top`; '' if there are no folders."
-    below = {path: path.removeprefix(top).split("/") for path in paths if path.startswith(top)}
-    if all(len(parts) == 1 for parts in below.values()):
-        return dict.fromkeys(below, "")
-    return {path: parts[0] for path, parts in below.items() if len(parts) > 1}
-
-
 def _common_folder(paths: list[str]) -> str:
     "The folder that all paths are in, with its slash; '' if there is none."
     common = os.path.commonprefix([min(paths), max(paths)])
     return common[: common.rfind("/") + 1]
+
+
+# %% ../../nbs/12_layouts.ipynb #8ac713c0
+IMAGE_WORDS = {"image", "images", "img", "imgs", "jpegimages", "photos", "pictures"}
+ANNOTATION_WORDS = {
+    *("annotation", "annotations", "label", "labels", "mask", "masks", "trimap", "trimaps"),
+    *("segmentation", "segmentations", "segmentationclass", "segmentationobject"),
+}
+
+
+def _is_hashed(paths: list[str]) -> bool:
+    "Whether all files lie in folders that are the first characters of their hexadecimal names."
+    split_paths = [path.split("/") for path in paths]
+
+    def fits(start):
+        for *folders, name in split_paths:
+            stem, prefix = name.split(".")[0].lower(), "".join(folders[start:]).lower()
+            if not (prefix and stem.startswith(prefix) and re.fullmatch("[0-9a-f]{8,}", stem)):
+                return False
+        return True
+
+    return any(fits(start) for start in range(len(_common_folder(paths).split("/"))))
+
+
+def _is_by_thousands(parts: list[list[str]]) -> bool:
+    "Whether all files are called as FFHQ's, by number, in folders of a thousand."
+    for *folders, name in parts:
+        match = re.fullmatch(r"(\d{5})/(\d{5})\.\w+", "/".join([*folders, name]))
+        if not match or int(match[1]) != int(match[2]) // 1000 * 1000:
+            return False
+    return True
+
+
+def _is_by_initial(parts: list[list[str]]) -> bool:
+    "Whether all files lie in folders that lie in folders called by their first letter."
+    return all(
+        len(folders) > 2 and len(folders[0]) == 1 and folders[1].lower()[0] == folders[0].lower()
+        for folders in parts
+    )
+
+
+def _by_class(paths: Iterable[str], top: str = "") -> dict[str, str]:
+    """Path -> class for the images below `top`; '' if there is one class only.
+
+    Raises ValueError if some of them seem to be annotations.
+    """
+    paths = [path for path in paths if path.startswith(top)]
+    parts = [path.removeprefix(top).split("/") for path in paths]
+    if all(len(folders) == 1 for folders in parts):
+        return dict.fromkeys(paths, "")
+    if _is_hashed(paths) or _is_by_thousands(parts):
+        return dict.fromkeys(paths, "")
+    if _is_by_initial(parts):
+        return {path: "/".join(f[1:-1]) for path, f in zip(paths, parts, strict=True)}
+    classes = {path: f[0] for path, f in zip(paths, parts, strict=True) if len(f) > 1}
+    _check_no_annotations(set(classes.values()), top)
+    return classes
+
+
+def _check_no_annotations(names: set[str], top: str) -> None:
+    "Raises ValueError for folders `names`, side by side, of images and of their annotations."
+    images = [name for name in sorted(names) if name.lower() in IMAGE_WORDS]
+    annotations = [name for name in sorted(names) if name.lower() in ANNOTATION_WORDS]
+    check(
+        not (images and annotations),
+        "data.name must be a folder of images only",
+        ", ".join(f"{top}{name}/" for name in (*images, *annotations)),
+        f"These look like images and their annotations, not like classes: name {top}"
+        f"{(images or [''])[0]} itself, or rename the folders if they are classes.",
+    )
 
 
 # %% ../../nbs/12_layouts.ipynb #c1b6eff7
