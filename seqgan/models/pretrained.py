@@ -178,7 +178,7 @@ def compare_state(found: dict[str, str], expected: dict[str, str]) -> None:
     ]
     if differences:
         more = len(differences) - 3
-        tail = f"; and {more} more differ" if more > 0 else ""
+        tail = f"; and {more} more" if more > 0 else ""
         raise ValueError("; ".join(differences[:3]) + tail)
 
 
@@ -215,11 +215,13 @@ class Pretrained:
         files = {CONFIG: text.encode(), WEIGHTS: save(weights, {"format": "pt"})}
         if card:
             files[CARD] = card.encode()
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as renames:  # at its end, in reverse order: the configuration comes last
             for name, content in files.items():
-                path = renames.enter_context(atomic_path(Path(folder) / name))
+                path = renames.enter_context(atomic_path(folder / name))
                 path.write_bytes(content)
-            (Path(folder) / CONFIG).unlink(missing_ok=True)  # until then there is no model
+            (folder / CONFIG).unlink(missing_ok=True)  # until then there is no model
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> Self:
