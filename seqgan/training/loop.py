@@ -113,6 +113,12 @@ def _agree(stop: bool, due: bool) -> tuple[bool, bool]:
     return stop, due
 
 
+def _shown(line: dict) -> dict[str, str]:
+    "The first three means of a log line, for the progress bar."
+    means = [name for name in line if name not in ("step", "skipped", "seconds_per_step")]
+    return {name: f"{line[name]:.3g}" for name in means[:3]}
+
+
 # %% ../../nbs/34_loop.ipynb #ac71998d
 class Loop(TrainState):
     """A training in a folder: a log, and checkpoints, of which the newest two and the best stay.
@@ -176,8 +182,7 @@ class Loop(TrainState):
             new_best = None
             if evaluates or done % log_every == 0 or at_end:
                 line = self._log_line(done, evaluate if evaluates else None)
-                shown = list(line.items())[1:4]
-                bar.set_postfix({name: f"{value:.3g}" for name, value in shown}, refresh=False)
+                bar.set_postfix(_shown(line), refresh=False)
                 if best in line and self._is_better(line[best]):
                     new_best = line[best], done
 
