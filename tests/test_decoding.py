@@ -9,6 +9,7 @@ import struct
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -34,6 +35,28 @@ def test_bombs(side, action):
             warnings.simplefilter(action)
             with pytest.raises(errors, match="pixels"):
                 decode_image(content, 8)
+
+
+def test_other_code_keeps_its_pillow(tmp_path):
+    "Its limit and its filters of warnings are what they were, also while threads decode."
+    odd = exif_that_warns()
+    before = list(warnings.filters), Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: decode_image(odd, 8), range(200)))
+        assert not caught
+        Image.open(io.BytesIO(odd))
+        assert len(caught) == 1
+    assert (warnings.filters, Image.MAX_IMAGE_PIXELS) == before
+    for _, _, category, module, _ in warnings.filters:  # nothing was left at import, either
+        assert category is not Image.DecompressionBombWarning and "PIL" not in str(module)
+
+
+def exif_that_warns() -> bytes:
+    "A JPEG with metadata that Pillow warns of."
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x05\0\0\0\x09"
+    return encode(9, "JPEG", exif=exif)
 
 
 def corpus() -> list[bytes]:

@@ -8,6 +8,7 @@ __all__ = ["RESIZE", "FORMATS", "MAX_PIXELS", "decode_image"]
 # %% ../../nbs/15_decoding.ipynb #f888f1b2
 import os
 import stat
+import threading
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -20,11 +21,35 @@ from ..core import check
 # %% ../../nbs/15_decoding.ipynb #27f5de11
 RESIZE = "centre square, Pillow bicubic with antialiasing"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-MAX_PIXELS = 2**28 // 3  # 358 MB in Pillow; it warns from here on
+MAX_PIXELS = 2**28 // 3  # 358 MB in Pillow, whose own limit is twice that
 
-# odd metadata, which is not read
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+class _IgnorePillowWarnings:
+    """Ignores what Pillow warns of, odd metadata and sizes, while this process decodes an image.
+
+    Filters of warnings belong to the whole process. So threads that decode at the same time share
+    one change of them, which the last to finish takes back.
+    """
+
+    def __init__(self):
+        self.lock, self.threads, self.before = threading.Lock(), 0, None
+
+    def __enter__(self):
+        with self.lock:
+            if self.threads == 0:
+                self.before = warnings.catch_warnings()
+                self.before.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self.threads += 1
+
+    def __exit__(self, *error):
+        with self.lock:
+            self.threads -= 1
+            if self.threads == 0:
+                self.before.__exit__(*error)
+
+
+_pillow_warnings_ignored = _IgnorePillowWarnings()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -57,10 +82,10 @@ def decode_image(
         is_file = stat.S_ISREG(os.stat(file).st_mode)
         remedy = "Pipes and devices may never end."
         check(is_file, "an image must be an ordinary file", str(file), remedy)
-    with Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+    source = BytesIO(file) if isinstance(file, bytes) else file
+    with _pillow_warnings_ignored, Image.open(source, formats=FORMATS) as image:
         is_small = image.width * image.height <= MAX_PIXELS
         check(is_small, f"an image must have at most {MAX_PIXELS:,} pixels", image.size)
         image = _to_rgb(image)
-        return np.asarray(
-            ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC, centering=place)
-        )
+        square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC, centering=place)
+        return np.asarray(square)
