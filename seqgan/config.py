@@ -49,7 +49,9 @@ from .settings import update as update
 class Data(Settings):
     "Which images, at which resolution (pixels; images are square, values in [-1, 1])."
 
-    name: str = chosen("shapes", "`shapes`, or the path of a folder of images")
+    name: str = chosen(
+        "shapes", "`shapes`, or the path of a folder of images", unless="fingerprint"
+    )
     size: int = paper(256, "section 4", at_least(8))
     train: int = chosen(
         16_000, "images drawn for training; a folder brings its own number", POSITIVE

@@ -77,7 +77,8 @@ def _identity(config: object) -> dict[str, object]:
     for f in fields(config):
         value = getattr(config, f.name)
         is_neutral = "neutral" in f.metadata and value == f.metadata["neutral"]
-        if f.compare and not is_neutral:
+        is_told_better = "unless" in f.metadata and getattr(config, f.metadata["unless"])
+        if f.compare and not is_neutral and not is_told_better:
             identity[f.name] = value
     return identity
 

@@ -65,9 +65,13 @@ def paper(value: Any, source: str, range: Range | None = None) -> Any:
     return field(default=value, metadata={"source": f"paper: {source}", "range": range})
 
 
-def chosen(value: Any, why: str, range: Range | None = None) -> Any:
-    "A field that the paper leaves open; `why` says what it is and where the choice comes from."
-    return field(default=value, metadata={"source": f"chosen: {why}", "range": range})
+def chosen(value: Any, why: str, range: Range | None = None, unless: str = "") -> Any:
+    """A field that the paper leaves open; `why` says what it is and where the choice comes from.
+
+    Where the setting `unless` is set, which says the same better, it is left out of digests.
+    """
+    metadata = {"source": f"chosen: {why}", "range": range}
+    return field(default=value, metadata=metadata | ({"unless": unless} if unless else {}))
 
 
 def added_later(value: Any, why: str, range: Range | None = None, compare: bool = True) -> Any:

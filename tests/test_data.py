@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import random
+import shutil
 import sys
 import tarfile
 import warnings
@@ -24,6 +25,7 @@ from image_files import (
 )
 
 from seqgan.config import Data
+from seqgan.core import digest
 from seqgan.data import layouts
 from seqgan.data.batches import Batches
 from seqgan.data.folders import resolve_data
@@ -214,6 +216,24 @@ def test_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir("pets")
     assert resolve_data(Data(".")).name == str(tmp_path / "b" / "pets")
     assert resolve_data(Data("..")).name == str(tmp_path / "b")
+
+
+def test_the_same_files_under_another_path(tmp_path, monkeypatch):
+    "A dataset is what it holds: moved, linked or named otherwise, its results are found again."
+    first = write_images(tmp_path / "a" / "pets", 30, ("cat", "dog"))
+    shutil.copytree(first, tmp_path / "b" / "animals")
+    (tmp_path / "linked").symlink_to(first)
+    monkeypatch.chdir(tmp_path)
+    names = ("a/pets", str(first), "b/animals", "linked", "a/../a/pets/")
+    found = [resolve_data(Data(name, size=12)) for name in names]
+    assert len({digest(data) for data in found}) == 1
+    assert len({data.name for data in found}) > 1
+    assert all(
+        is_same([load(data, "val").images], [load(found[0], "val").images]) for data in found
+    )
+    (tmp_path / "b" / "animals" / "cat" / "000.png").unlink()
+    assert digest(resolve_data(Data("b/animals", size=12))) != digest(found[0])
+    assert digest(Data("a/pets")) != digest(Data("b/animals"))  # whose content is not known yet
 
 
 # layouts
