@@ -60,6 +60,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         check_image_batch(images, self.stride)
+        images = images.to(self.input.weight.dtype)
         x = self.levels[0](self.input(images))  # (B, c_0, H, W)
         for down, level in zip(self.down, self.levels[1:], strict=True):
             x = level(down(x))  # (B, c_l, H/2^l, W/2^l)
@@ -100,6 +101,7 @@ class Decoder(nn.Module):
     def forward(self, z_q: Tensor) -> Tensor:
         fits = z_q.ndim == 4 and z_q.shape[1] == self.code_dim
         check(fits, f"z_q must have the shape (B, {self.code_dim}, h, w)", tuple(z_q.shape))
+        z_q = z_q.to(self.input.weight.dtype)
         x = self.attention[0](self.levels[0](self.input(z_q)))  # (B, c_L, h, w)
         for up, level, attention in zip(self.up, self.levels[1:], self.attention[1:], strict=True):
             x = attention(level(up(x)))  # (B, c_l, f h/2^l, f w/2^l)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..config import Adversarial
 from ..core import check
+from .layers import at_least_float32
 
 
 # %% ../../nbs/25_discriminator.ipynb #7ad85e44
@@ -89,7 +90,7 @@ def minibatch_std(x: Tensor, most: int = 4) -> Tensor:
     b mod (number of groups).
     """
     size = max(n for n in range(1, most + 1) if len(x) % n == 0)
-    groups = x.float().unflatten(0, (size, -1))  # (G, B/G, C, H, W)
+    groups = at_least_float32(x).unflatten(0, (size, -1))  # (G, B/G, C, H, W)
     variance = (groups - groups.mean(0)).square().mean(0)  # (B/G, C, H, W)
     std = (variance + 1e-8).sqrt().mean((1, 2, 3)).to(x.dtype)  # (B/G,)
     channel = std.repeat(size).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])  # (B, 1, H, W)
@@ -122,6 +123,7 @@ class Discriminator(nn.Module):
         fits = tuple(images.shape[1:]) == (3, self.size, self.size)
         must = f"images must have the shape (B, 3, {self.size}, {self.size})"
         check(fits, must, tuple(images.shape))
+        images = images.to(self.input.weight.dtype)
         x = F.leaky_relu(self.input(images), 0.2)  # (B, c, size, size)
         x = minibatch_std(self.blocks(x))  # (B, C + 1, 4, 4)
         x = F.leaky_relu(self.last(x, padding=1), 0.2)  # (B, C, 4, 4)
@@ -131,30 +133,31 @@ class Discriminator(nn.Module):
 
 # %% ../../nbs/25_discriminator.ipynb #4f66583f
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """The discriminator's logistic loss (Goodfellow et al., 2014), a scalar in float32.
+    """The discriminator's logistic loss (Goodfellow et al., 2014), a scalar in float32 at least.
 
     -log sigmoid(real) - log(1 - sigmoid(fake)), averaged over the batch; logits (B,).
     """
-    return F.softplus(-real_logits.float()).mean() + F.softplus(fake_logits.float()).mean()
+    real_logits, fake_logits = at_least_float32(real_logits), at_least_float32(fake_logits)
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """The generator's non-saturating loss (Goodfellow et al., 2014), a scalar in float32.
+    """The generator's non-saturating loss (Goodfellow et al., 2014), a scalar in float32 at least.
 
     -log sigmoid(fake), averaged over the batch; logits (B,).
     """
-    return F.softplus(-fake_logits.float()).mean()
+    return F.softplus(-at_least_float32(fake_logits)).mean()
 
 
 # %% ../../nbs/25_discriminator.ipynb #9c569fe3
 def r1_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
-    """R1 (Mescheder et al., 2018), a scalar in float32.
+    """R1 (Mescheder et al., 2018), a scalar in float32 at least.
 
     The squared norm of the logit's gradient at real images (B, 3, H, W), averaged over the batch.
     The weight r1 / 2 and, if the penalty is taken every k-th step only, the factor k are the
     caller's.
     """
-    real = real.detach().float().requires_grad_()
+    real = at_least_float32(real.detach()).requires_grad_()
     with torch.autocast(real.device.type, enabled=False):
         logits = discriminator(real)
         (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)  # (B, 3, H, W)
@@ -169,7 +172,7 @@ def adversarial_scale(
     bound: float,
     total: Callable[[Tensor], Tensor] = lambda squares: squares,
 ) -> Tensor:
-    """The largest s <= weight with |s adv_grad| <= bound |rec_grad|, a scalar in float32.
+    """The largest s <= weight with |s adv_grad| <= bound |rec_grad|, a scalar tensor.
 
     s = min(weight, bound |rec_grad| / |adv_grad|), for gradients at the reconstructed images
     (B, 3, H, W), with norms over the whole batch; finite for finite gradients, zero ones included.
@@ -178,4 +181,5 @@ def adversarial_scale(
     norms = [g.norm(dtype=torch.float64) for g in (rec_grad, adv_grad)]
     squares = total(torch.stack(norms).square())  # (2,), float64: they cannot overflow
     limit, norm = bound * squares[0].sqrt(), squares[1].sqrt()
-    return torch.where(weight * norm <= limit, weight, limit / norm).float()
+    s = torch.where(weight * norm <= limit, weight, limit / norm)
+    return s.to(at_least_float32(rec_grad).dtype)

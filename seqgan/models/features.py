@@ -153,7 +153,7 @@ class VGG(Network):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         check_image_batch(images)
         x = (images * 0.5 + 0.5 - self.mean) / self.std  # (B, 3, H, W)
-        taps = {}
+        x, taps = x.to(self.features[0].weight.dtype), {}
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.taps:
@@ -263,5 +263,6 @@ class Evaluator(Network):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         check_image_batch(images)
+        images = images.to(self.head.weight.dtype)
         features = self.body(images).mean((2, 3))  # (B, 4 C)
         return features, self.head(features)  # (B, classes)

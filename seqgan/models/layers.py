@@ -13,6 +13,7 @@ __all__ = [
     "BDAttention",
     "enable_gradient_checkpointing",
     "eval_mode",
+    "at_least_float32",
 ]
 
 # %% ../../nbs/21_layers.ipynb #bc6f7a3d
@@ -205,3 +206,9 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+# %% ../../nbs/21_layers.ipynb #e6a0a74b
+def at_least_float32(x: Tensor) -> Tensor:
+    "x in float32 if its type has fewer digits, else as it is."
+    return x.to(torch.promote_types(x.dtype, torch.float32))

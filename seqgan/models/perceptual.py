@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..config import Perceptual as PerceptualConfig
 from ..core import check
 from .features import LAYERS
+from .layers import at_least_float32
 
 # %% ../../nbs/24_perceptual.ipynb #44f1b972
 LOW = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")
@@ -22,11 +23,15 @@ SEM = ("relu5_3", "logit")
 
 
 def layer_losses(real: dict[str, Tensor], fake: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The terms of the perceptual loss: {layer: ||fake - real||^2 / (H_l W_l C_l)}, in float32.
+    """The terms of the perceptual loss: {layer: ||fake - real||^2 / (H_l W_l C_l)}.
 
-    Averaged over the batch. `real`, `fake`: {layer: features (B, C, H, W), 'logit': (B, C)}.
+    Averaged over the batch, in float32 at least. `real`, `fake`: {layer: features (B, C, H, W),
+    'logit': (B, C)}.
     """
-    return {name: F.mse_loss(fake[name].float(), real[name].float()) for name in LAYERS}
+    losses = {}
+    for name in LAYERS:
+        losses[name] = F.mse_loss(at_least_float32(fake[name]), at_least_float32(real[name]))
+    return losses
 
 
 # %% ../../nbs/24_perceptual.ipynb #4229c57c
@@ -89,4 +94,5 @@ class PerceptualLoss(nn.Module):
         return losses | {name: term.detach() for name, term in terms.items()}
 
     def _features(self, images: Tensor) -> dict[str, Tensor]:
-        return self.vgg(images.float().contiguous(memory_format=torch.channels_last))
+        images = at_least_float32(images)
+        return self.vgg(images.contiguous(memory_format=torch.channels_last))

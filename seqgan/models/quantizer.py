@@ -7,6 +7,7 @@ __all__ = [
     "Reduction",
     "chunks",
     "relative_distances",
+    "squared_lengths",
     "nearest",
     "mean_assignment",
     "assign",
@@ -36,6 +37,7 @@ from torch import Generator, Tensor, nn
 from ..config import Quantizer as QuantizerConfig
 from ..core import check, generator
 from .features import has_values
+from .layers import at_least_float32
 
 
 # %% ../../nbs/23_quantizer.ipynb #51ef4f43
@@ -49,12 +51,18 @@ def chunks(z: Tensor, K: int) -> tuple[Tensor, ...]:
 
 
 def relative_distances(z: Tensor, codebook: Tensor, squares: Tensor) -> Tensor:
-    """Squared L2 distances less the square of z, in float32, also under autocast.
+    """Squared L2 distances less the square of z, in the type of `squares`, also under autocast.
 
     z (N, D), codebook (K, D) and the squared lengths of its codes (K,) -> (N, K).
     """
+    z, codebook = z.to(squares.dtype), codebook.to(squares.dtype)
     with torch.autocast(z.device.type, enabled=False):
-        return torch.addmm(squares, z.float(), codebook.float().T, alpha=-2)
+        return torch.addmm(squares, z, codebook.T, alpha=-2)
+
+
+def squared_lengths(codebook: Tensor) -> Tensor:
+    "Of each code of a codebook (K, D): (K,), in float32 at least."
+    return at_least_float32(codebook).pow(2).sum(1)
 
 
 @torch.no_grad()
@@ -64,7 +72,7 @@ def nearest(z: Tensor, codebook: Tensor, width: int = 1024) -> Tensor:
     Of codes that are equally near, the first. The codebook passes in tiles of `width` codes: the
     N x K distances are never held at once.
     """
-    squares = codebook.float().pow(2).sum(1)  # (K,)
+    squares = squared_lengths(codebook)  # (K,)
     tiles = [*zip(codebook.split(width), squares.split(width), strict=True)]
     found = []
     for rows in chunks(z, min(width, len(codebook))):
@@ -93,8 +101,8 @@ def assign(z: Tensor, codebook: Tensor, distance: str, temperature: float) -> tu
     `distance` is the D of section 3.4: 'l2', the paper's, or 'squared'.
     """
     codes, mean = [], 0
-    squares = codebook.float().pow(2).sum(1)
-    for rows in chunks(z, len(codebook)):
+    squares = squared_lengths(codebook)
+    for rows in chunks(z.to(squares.dtype), len(codebook)):
         distances = relative_distances(rows, codebook, squares)  # (n, K)
         codes.append(distances.detach().argmin(1))
         if distance == "l2":
@@ -211,7 +219,7 @@ def kmeans(
         members = codes == torch.arange(len(codebook), device=codes.device)[:, None]  # (K, N)
         counts = members.sum(1, keepdim=True)  # (K, 1)
         # A product, because sums by index vary on a GPU.
-        means = members.float() @ features / counts.clamp_min(1)  # (K, d)
+        means = members.to(features.dtype) @ features / counts.clamp_min(1)  # (K, d)
         drawn = torch.randperm(len(features), generator=g)[: len(codebook)].to(codes.device)
         codebook = torch.where(counts > 0, means, features[drawn])
         before = codes
@@ -219,11 +227,17 @@ def kmeans(
 
 
 # %% ../../nbs/23_quantizer.ipynb #a08f8a28
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    "The linear map in the type of x, whatever that of its weights."
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
 class Codebook(nn.Module):
-    """K codes, and what features and codes have to do with each other (Equation 1), in float32.
+    """K codes, and what features and codes have to do with each other (Equation 1).
 
     They are compared in d dimensions: d = D, the channels of z, or `config.factors` of them and
-    then with length 1 (Table 5, ViT-VQGAN).
+    then with length 1 (Table 5, ViT-VQGAN). Comparisons and losses are in float32, or in float64
+    if the codebook is; z_q has the type of the codebook.
     """
 
     def __init__(self, config: QuantizerConfig, code_dim: int):
@@ -236,21 +250,23 @@ class Codebook(nn.Module):
 
     def code_vectors(self) -> Tensor:
         "What features are compared with: the codes (K, d), of length 1 if they are factorised."
-        return F.normalize(self.codebook, dim=-1) if self.config.factors else self.codebook
+        codes = at_least_float32(self.codebook)
+        return F.normalize(codes, dim=-1) if self.config.factors else codes
 
     def features(self, z: Tensor) -> Tensor:
-        """What is compared with the codes: z (B, D, h, w) -> (B, h, w, d) in float32.
+        """What is compared with the codes: z (B, D, h, w) -> (B, h, w, d).
 
         Layer-normalised or factorised if the configuration says so.
         """
         fits = z.ndim == 4 and z.shape[1] == self.code_dim
         check(fits, f"features z must have the shape (B, {self.code_dim}, h, w)", tuple(z.shape))
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float().permute(0, 2, 3, 1)  # (B, h, w, D)
+            z = z.to(at_least_float32(self.codebook).dtype).permute(0, 2, 3, 1)  # (B, h, w, D)
             if self.config.normalize:
                 z = F.layer_norm(z, (self.code_dim,))
-            z = self.down(z)  # (B, h, w, d)
-            return F.normalize(z, dim=-1) if self.config.factors else z
+            if self.config.factors:
+                z = F.normalize(_linear(self.down, z), dim=-1)
+            return z  # (B, h, w, d)
 
     def encode(self, z: Tensor) -> Tensor:
         "Codes only: z (B, D, h, w) -> (B, h, w) int64 in [0, K)."
@@ -270,7 +286,9 @@ class Codebook(nn.Module):
 
     def to_channels(self, z_q: Tensor) -> Tensor:
         "Code vectors (B, h, w, d) -> (B, D, h, w), what the decoder takes."
-        return self.up(z_q).permute(0, 3, 1, 2).contiguous()
+        if self.config.factors:
+            z_q = _linear(self.up, z_q)  # (B, h, w, D)
+        return z_q.permute(0, 3, 1, 2).contiguous().to(self.codebook.dtype)
 
 
 # %% ../../nbs/23_quantizer.ipynb #5a418af0
@@ -339,4 +357,5 @@ class Quantizer(Codebook):
         check(fits, must, tuple(features.shape))
         g, spherical = generator("reestimate", seed), self.config.factors > 0
         with torch.autocast(features.device.type, enabled=False):
-            self.codebook.copy_(kmeans(features.float(), self.codebook, g, steps, spherical))
+            codes = at_least_float32(self.codebook)
+            self.codebook.copy_(kmeans(features.to(codes.dtype), codes, g, steps, spherical))
