@@ -27,9 +27,9 @@ from image_files import (
 from seqgan.config import Data
 from seqgan.core import digest
 from seqgan.data import layouts
-from seqgan.data.batches import Batches
+from seqgan.data.batches import Batches, check_batch
 from seqgan.data.folders import resolve_data
-from seqgan.data.images import LazyImages, load, subset
+from seqgan.data.images import LazyImages, count_images, load, subset
 from seqgan.data.layouts import printable
 
 
@@ -71,6 +71,20 @@ def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
     for function in (resolve_data, lambda data: load(data, "val")):
         with pytest.raises(ValueError, match="can be read throughout.*dog.*Permission denied"):
             function(Data(str(tmp_path), size=12))
+
+
+def test_too_few_images(tmp_path):
+    "They can be counted before any is decoded, and what asks for more says so by its name."
+    few = Data(str(write_images(tmp_path / "few", 4)), size=12)
+    assert count_images(few) == {"train": 3, "val": 1}
+    assert count_images(Data(train=50, val=9)) == {"train": 50, "val": 9}
+    sentence = r"tokenizer_training\.batch must lie between 1 and .* for training, 3, got 8"
+    with pytest.raises(ValueError, match=sentence):
+        check_batch(8, count_images(few)["train"], "tokenizer_training.batch")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "1.png").write_bytes(encode(1))
+    with pytest.raises(ValueError, match="images for 'train'"):
+        count_images(Data(str(tmp_path / "one")))
 
 
 # databases
