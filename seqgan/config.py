@@ -154,6 +154,14 @@ class Autoencoder(Settings):
         "side of a group of positions that attend to one another; 8 is HiT's at 32×32 and 64×64",
         at_least(1),
     )
+    dilation: str = added_later(
+        "hit",
+        "where the members of a dilated group lie: 'hit', at steps of attention_block, as in HiT's "
+        "public code, so that a group grows with the grid; 'groups', at steps of side / "
+        "attention_block, so that a group has attention_block × attention_block members",
+        one_of("hit", "groups"),
+        before="groups",
+    )
     attention_heads: int = chosen(
         4, "HiT's at its widths of 256 and 128; 32 to 128 channels per head", at_least(1)
     )
@@ -183,6 +191,18 @@ class Quantizer(Settings):
         one_of("l2", "squared"),
     )
     temperature: float = paper(1.0, "section 3.4: softmax(-distance) has no temperature", POSITIVE)
+    reduction: str = added_later(
+        "mean",
+        "of Equation 2's squared norms: 'mean' over all elements, so that their weight does not "
+        "depend on grid and channels; 'sum' over positions and channels, as it is written",
+        one_of("mean", "sum"),
+    )
+    entropy_over: str = added_later(
+        "batch",
+        "what the assignment is averaged over before the entropy is taken: all positions of the "
+        "'batch', or, as 'along the spatial size' in section 3.4 can be read, of each 'image'",
+        one_of("batch", "image"),
+    )
     normalize: bool = chosen(
         False, "layer normalisation of z before quantisation; the paper does not mention one"
     )

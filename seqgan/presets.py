@@ -52,6 +52,9 @@ _DEPARTURES = {
         "transformer.dim":                  (512,             128,            32),
         "transformer.hidden":               (2048,            512,            64),
     },
+    "dilated attention in groups of a fixed size": {
+        "autoencoder.dilation":             ("groups",        "groups",       "groups"),
+    },
     "shorter trainings": {
         "classifier.steps":                 (8000,            850,            20),
         "tokenizer_training.steps":         (12_000,          1300,           12),

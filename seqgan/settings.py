@@ -74,13 +74,17 @@ def chosen(value: Any, why: str, range: Range | None = None, unless: str = "") -
     return field(default=value, metadata=metadata | ({"unless": unless} if unless else {}))
 
 
-def added_later(value: Any, why: str, range: Range | None = None, compare: bool = True) -> Any:
+def added_later(
+    value: Any, why: str, range: Range | None = None, compare: bool = True, before: Any = ...
+) -> Any:
     """A chosen field that results were recorded without.
 
-    At its default it is left out of digests, so the names of those results stay what they were.
-    With `compare=False` it is left out at any value.
+    They were made as at the value `before`, by default the field's default: at that value it is
+    left out of digests, so the names of those results stay what they were, and a file without the
+    field means that value. With `compare=False` it is left out of digests at any value.
     """
-    metadata = {"source": f"chosen: {why}", "range": range, "neutral": value}
+    neutral = value if before is ... else before
+    metadata = {"source": f"chosen: {why}", "range": range, "neutral": neutral}
     return field(default=value, compare=compare, metadata=metadata)
 
 
@@ -202,10 +206,8 @@ def from_dict(group: type[Settings], values: dict[str, Any]) -> Settings:
     Raises ValueError for anything but a dict, for a setting that is missing, and as `update` does.
     """
     check(isinstance(values, dict), f"{group.__name__} must be a dict of settings", values)
+    earlier = {f.name: f.metadata["neutral"] for f in fields(group) if "neutral" in f.metadata}
+    values = earlier | values
     for f in fields(group):
-        check(
-            f.name in values or "neutral" in f.metadata,
-            f"{group.__name__} must have the setting {f.name!r}",
-            values,
-        )
+        check(f.name in values, f"{group.__name__} must have the setting {f.name!r}", values)
     return update(group(), values)
