@@ -1,4 +1,4 @@
-"""Shared helpers: every test writes its runs and reports below a temporary SEQGAN_HOME, never into the checkout."""
+"""Shared helpers: every test writes its runs and reports below a temporary SEQGAN_HOME."""
 
 import os
 import shutil
@@ -8,32 +8,55 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults import FAULTS, STUDY, Forked, command
+from faults import FAULTS, STUDY, command
+from forking import Forked
+from outcomes import KINDS
 
 ROOT = Path(__file__).parents[1]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+SERVER = """
+import socket
+import sys
+sys.path.insert(0, sys.argv[1])
+import faults
+import forking
+import torchvision
+import seqgan.__main__
+import seqgan.evaluation.metrics
+from seqgan.data.images import load
+from seqgan.presets import preset
+for split in ("train", "val"):
+    load(preset("smoke").data, split)
+forking.serve(socket.socket(fileno=int(sys.argv[2])))
+"""
 
 
 def pytest_terminal_summary(terminalreporter):
     if FAULTS:
-        terminalreporter.write_line(
-            f"{FAULTS.total()} faults injected: "
-            + ", ".join(f"{n} {what}" for what, n in FAULTS.most_common())
-        )
+        kinds = ", ".join(f"{count} {fault}" for fault, count in FAULTS.most_common())
+        terminalreporter.write_line(f"{FAULTS.total()} faults injected: {kinds}")
+
+
+def environment(**more):
+    "Variables for a process that computes as a user's does, on one thread."
+    found = {**os.environ, "OMP_NUM_THREADS": "1"} | more
+    found.pop("IN_TEST", None)
+    return found
 
 
 @pytest.fixture
 def child(tmp_path):
-    "Run a command in the project with its own SEQGAN_HOME; returns the finished process, output as text."
+    """Run a command in the project with its own SEQGAN_HOME.
 
-    def run(*command, home="home", cwd=ROOT, start=False, **more):
-        env = {**os.environ, "SEQGAN_HOME": str(tmp_path / home), "OMP_NUM_THREADS": "1"} | more
-        env.pop("IN_TEST", None)
-        how = dict(cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        return (
-            subprocess.Popen(command, **how)
-            if start
-            else subprocess.run(command, **how, timeout=900)
-        )
+    Returns the finished process, output as text; with `start`, the running one.
+    """
+
+    def run(*words, home="home", cwd=ROOT, start=False, **more):
+        env = environment(SEQGAN_HOME=str(tmp_path / home), **more)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        if start:
+            return subprocess.Popen(words, cwd=cwd, env=env, **pipes)
+        return subprocess.run(words, cwd=cwd, env=env, timeout=900, **pipes)
 
     return run
 
@@ -41,25 +64,18 @@ def child(tmp_path):
 @pytest.fixture
 def python(child):
     "Run Python code in a child process."
-    return lambda code, **how: child(sys.executable, "-c", code, **how)
+    return lambda code, **named: child(sys.executable, "-c", code, **named)
 
 
 @pytest.fixture(scope="session")
 def server():
-    "The process that is forked."
+    "A socket to the process that is forked."
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    code = (
-        f"import socket, sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import faults, seqgan.__main__, seqgan.metrics, torchvision; from seqgan.config import preset; from seqgan.data import load; "
-        f"[load(preset('smoke').data, split) for split in ('train', 'val')]; faults.serve(socket.socket(fileno={theirs.fileno()}))"
-    )
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
-    }
-    env.pop("IN_TEST", None)
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=env, pass_fds=[theirs.fileno()]
+        [sys.executable, "-c", SERVER, str(ROOT / "tests"), str(theirs.fileno())],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"),
+        pass_fds=[theirs.fileno()],
     )
     theirs.close()
     yield ours
@@ -70,9 +86,12 @@ def server():
 @pytest.fixture
 def forked(server, tmp_path):
     "Start `function(*arguments)` in a process of its own, with its own SEQGAN_HOME: a `Forked`."
-    return lambda function, *arguments, home="home", **env: Forked(
-        server, function, arguments, {"SEQGAN_HOME": str(tmp_path / home)} | env
-    )
+
+    def start(function, *arguments, home="home", **more):
+        env = {"SEQGAN_HOME": str(tmp_path / home)} | more
+        return Forked(server, function, arguments, env)
+
+    return start
 
 
 @pytest.fixture(scope="session")
@@ -91,25 +110,14 @@ def home(tmp_path):
 
 @pytest.fixture
 def copied(whole, home):
-    "Make the home of this test a copy of the whole study as far as the run `until`, without those after it."
+    "Make the home of this test a copy of a study as far as the run `until`."
 
     def copy(until, source=whole):
         shutil.copytree(source, home)
-        kinds = [
-            "vgg",
-            "evaluator",
-            "warmup",
-            "tokenizer",
-            "image_codes",
-            "decoder",
-            "ar",
-            "codes",
-            "generation",
-        ]
-        for kind in kinds[kinds.index(until) + 1 :]:
+        for kind in KINDS[KINDS.index(until) + 1 :]:
             for folder in (home / "runs").glob(f"{kind}-*"):
                 shutil.rmtree(folder)
-        shutil.rmtree(home / "reports")
+        shutil.rmtree(home / "reports", ignore_errors=True)
         return home
 
     return copy

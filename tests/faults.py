@@ -1,127 +1,24 @@
-"""What test_faults and test_interruption share: processes in which faults are injected, and what is compared at the end.
+"""Faults that are injected into the `seqgan` command, each at a place in its work.
 
-`command` runs in a process of its own, a `Forked`. Before it changes a file it looks whether a fault is due: so one is injected at a place in the work,
-whenever that comes."""
+`command` runs in a process of its own (`forking.Forked`). Before that process changes a file it
+looks whether a fault is due. So a fault comes at a place, whenever the process gets there, and the
+same fault can be tried again.
+"""
 
-import hashlib
-import importlib
-import json
 import os
 import re
 import resource
-import select
 import signal
-import socket
 import sys
 import time
-import traceback
 from collections import Counter
 from contextlib import suppress
 
-import pytest
-
 FAULTS = Counter()  # what was done to processes and files, for the last line of the session
-STUDY = [
-    "--phase",
-    "2",
-    "--set",
-    "transformer.dropout=0.1",
-    "quantizer.kmeans_every=3",
-    "quantizer.kmeans_last=12",
-]
-FULL = "here is no room", "GB free"  # what a full disk is called
-
-
-class Forked:
-    "A process that runs `function(*arguments)`: a fork of one that has imported everything, because starting takes longer than what is tested."
-
-    def __init__(self, server, function, arguments, env):
-        self.output, output = os.pipe()
-        ends, theirs = os.pipe()
-        socket.send_fds(
-            server,
-            [json.dumps([function.__module__, function.__name__, arguments, env]).encode()],
-            [output, theirs],
-        )
-        os.close(output)
-        os.close(theirs)
-        self.ends, self.text, self.status = os.fdopen(ends), b"", None
-        self.pid = int(self.ends.readline())
-
-    def signal(self, number, group=False):
-        FAULTS[signal.Signals(number).name] += 1
-        (os.killpg if group else os.kill)(self.pid, number)
-
-    def _read(self):
-        while select.select([self.output], [], [], 0)[0] and (part := os.read(self.output, 2**16)):
-            self.text += part
-
-    def poll(self):
-        "The exit status, negative for a signal; None while it runs. What it prints is read meanwhile."
-        if self.status is None and select.select([self.ends], [], [], 0)[0]:
-            self.status = int(self.ends.readline())
-        self._read()
-        return self.status
-
-    def until(self, condition, limit=300):
-        "Wait until `condition()` holds; fail with what the process printed if it ends before, or after `limit` seconds."
-        begin = time.monotonic()
-        while not (found := condition()):
-            assert self.poll() is None or condition(), (
-                f"ended with {self.status}:\n{self.text.decode()[-3000:]}"
-            )
-            if time.monotonic() - begin > limit:
-                os.kill(self.pid, signal.SIGKILL)
-                pytest.fail(f"{limit} s passed:\n{self.text.decode()[-3000:]}")
-            time.sleep(0.005)
-        return found
-
-    def wait(self, limit=300):
-        "Exit status and output, when it has ended."
-        self.until(lambda: self.poll() is not None, limit)
-        return self.status, self.text.decode()
-
-
-def serve(connection):
-    "In the process that is forked: each message, with the ends of two pipes, is a function to run; one pipe takes its output, the other its pid and status."
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    while True:
-        message, ends, *_ = socket.recv_fds(connection, 2**16, 2)
-        if not message:
-            return
-        if not os.fork():
-            _fork(connection, *json.loads(message), *ends)
-        for end in ends:
-            os.close(end)
-
-
-def _fork(connection, module, function, arguments, env, output, ends):
-    connection.close()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    if pid := os.fork():  # one process waits for the other
-        os.close(output)
-        os.write(ends, f"{pid}\n".encode())
-        os.write(ends, f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n".encode())
-        os._exit(0)
-    os.setsid()
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.close(ends)
-    os.close(output)
-    os.environ.update(env)
-    try:
-        status = getattr(importlib.import_module(module), function)(*arguments) or 0
-    except SystemExit as error:
-        status = error.code or 0
-    except BaseException:
-        traceback.print_exc()
-        status = 70  # no status of ours
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-EVENTS = {
+SETTINGS = ["transformer.dropout=0.1", "quantizer.kmeans_every=3", "quantizer.kmeans_last=12"]
+STUDY = ["--phase", "2", "--set", *SETTINGS]
+DISK_IS_FULL = "here is no room", "GB free"  # words of the sentences that say so
+CHANGES = {  # what Python calls the operations that change files
     "open",
     "os.mkdir",
     "os.rename",
@@ -133,37 +30,41 @@ EVENTS = {
 }
 
 
+def changed_path(event, arguments):
+    "The path that an audit event is about to change, or ''."
+    if event not in CHANGES or not isinstance(arguments[0], str | os.PathLike):
+        return ""
+    path = os.fspath(arguments[0])
+    if event == "open":
+        _, mode, flags = arguments
+        writes = set(mode or "") & set("wax+") or flags & (os.O_WRONLY | os.O_RDWR)
+        return path if writes else ""
+    if event in ("os.remove", "os.rmdir") and arguments[1] > 0:  # inside shutil.rmtree
+        with suppress(OSError):
+            return os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), path)
+    return path
+
+
+def label_of(event, path):
+    "A change of a file below the home as one of its kind: 'os.rename tokenizer/.part-N'."
+    path = re.sub("-[0-9a-f]{12}", "", path).removeprefix("runs/")
+    path = re.sub(r"\.part-\w+", ".part-N", path)
+    return f"{event} " + re.sub(r"\d+", "N", path)
+
+
 def before_changes(home, act):
-    "Call `act('operation kind/file')` before this process changes a file below `home`, as 'os.rename tokenizer/.part-N'."
-    base, busy = f"{home}/", []
+    "Call `act(label)` before this process changes a file below `home`."
+    busy = []
 
     def hook(event, arguments):
-        if busy or event not in EVENTS or not isinstance(arguments[0], (str, os.PathLike)):
+        if busy:
             return
-        if event == "open" and not (
-            set(arguments[1] or "") & set("wax+") or arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        ):
+        path = changed_path(event, arguments)
+        if not path.startswith(f"{home}/"):
             return
-        path = os.fspath(arguments[0])
-        if event in ("os.remove", "os.rmdir") and arguments[1] > 0:  # inside shutil.rmtree
-            with suppress(OSError):
-                path = os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), path)
-        if not path.startswith(base):
-            return
-        busy.append(1)
+        busy.append(event)
         try:
-            act(
-                f"{event} "
-                + re.sub(
-                    r"\d+",
-                    "N",
-                    re.sub(
-                        r"\.part-\w+",
-                        ".part-N",
-                        re.sub("-[0-9a-f]{12}", "", path[len(base) :]).removeprefix("runs/"),
-                    ),
-                )
-            )
+            act(label_of(event, path.removeprefix(f"{home}/")))
         finally:
             busy.clear()
 
@@ -171,33 +72,31 @@ def before_changes(home, act):
 
 
 def kind_of(label):
-    "Operations that are much the same have one name; empty for one that changes nothing that counts."
+    "Changes that are much the same have one kind; '' for one that a kill cannot leave half done."
     event, path = label.split()
-    if (
-        event in ("os.mkdir", "os.rmdir")
-        or path.endswith((".lock", "here"))
-        or event in ("open", "os.remove")
-        and re.search(r"/\.[^/]+(N|l)$", path)
-    ):
+    if event in ("os.mkdir", "os.rmdir") or path.endswith((".lock", "here")):
         return ""
-    path = re.sub(
-        r"(part-N|checkpoint-N|end)/\.?(?!loop.json.N|model.safe|config)[a-z]+[\w.-]+",
-        r"\1/*",
-        path,
-    ).replace("/val/", "/train/")
+    if event in ("open", "os.remove") and re.search(r"/\.[^/]+(N|l)$", path):
+        return ""  # a file under a temporary name, which nobody would read
+    path = path.replace("/val/", "/train/")
+    # The files of a checkpoint, but for a few of them.
+    others = r"(part-N|checkpoint-N|end)/\.?(?!loop.json.N|model.safe|config)[a-z]+[\w.-]+"
+    path = re.sub(others, r"\1/*", path)
     folder, _, rest = path.partition("/")
     if rest == ".config.json.N":
         return f"{event} {rest}"
-    if not re.search("metrics|end", rest) and (event, rest) != ("os.rename", "checkpoint-N"):
-        folder = folder if folder in ("image_codes", "codes", "generation", "reports") else "*"
+    # Trainings write the same files, so one of them stands for all but where runs end.
+    in_every_run = re.search("metrics|end", rest) or (event, rest) == ("os.rename", "checkpoint-N")
+    if not in_every_run and folder not in ("codes", "samples", "generation", "reports"):
+        folder = "*"
     return f"{event} {folder}/{rest}"
 
 
-def acts(home, stop):
+def actions(home, stop):
     "What can be done at a place: name -> function."
     ballast, limits = home / "ballast", resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill():
+    def fill_disk():
         "Leave no byte on the disk, and no room for a name."
         ballast.mkdir()
         with suppress(OSError):
@@ -209,7 +108,7 @@ def acts(home, stop):
                     while file.write(bytes(size)):
                         pass
 
-    def room():
+    def empty_disk():
         for file in ballast.iterdir():
             file.unlink()
         ballast.rmdir()
@@ -220,160 +119,107 @@ def acts(home, stop):
         while not ((home / "go").exists() or stop.is_set()):
             time.sleep(0.01)
 
+    def kill(number):
+        return lambda: os.kill(os.getpid(), number)
+
     return {
-        "fill": fill,
-        "room": room,
-        "pause": pause,
         "nothing": lambda: None,
-        "limit": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1])),
-        "unlimit": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
-        **{
-            s.name: lambda s=s: os.kill(os.getpid(), s)
-            for s in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-        },
+        "pause": pause,
+        "fill disk": fill_disk,
+        "empty disk": empty_disk,
+        "limit files": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1])),
+        "unlimit files": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
+        "SIGKILL": kill(signal.SIGKILL),
+        "SIGTERM": kill(signal.SIGTERM),
+        "SIGINT": kill(signal.SIGINT),
     }
+
+
+def record_steps(file):
+    "Let every loop save a checkpoint at every step, and write 'run step' into a file before it."
+    from seqgan.training.loop import Loop
+
+    run = Loop.run
+
+    def recorded_run(self, step, *arguments, **named):
+        def recorded_step(t):
+            with suppress(OSError):  # a limit for files is one for this file, too
+                os.write(file, f"{self.folder.name} {t}\n".encode())
+            self.present_step = t
+            return step(t)
+
+        return run(self, recorded_step, *arguments, **named | {"save_seconds": 0})
+
+    Loop.run = recorded_run
+
+
+def poison(kind, model, first, last):
+    "Let the loss of a model be NaN from step `first` to `last` of the runs of a kind."
+    from seqgan.models.features import weights_digest
+    from seqgan.training.loop import Loop
+
+    update = Loop.update
+
+    def digests(loop):
+        averages = [weights_digest(loop.ema[model])] if model in loop.ema else []
+        return [weights_digest(loop.unwrap(model)), *averages]
+
+    def poisoned_update(self, name, *losses, **named):
+        poisoned = self.folder.name.startswith(f"{kind}-") and name == model
+        if not poisoned or not first <= self.present_step <= last:
+            return update(self, name, *losses, **named)
+
+        def nan_of(loss):
+            return lambda: (loss() if callable(loss) else loss) * float("nan")
+
+        before = digests(self)
+        try:
+            update(self, name, *map(nan_of, losses), **named)
+        finally:
+            assert digests(self) == before
+
+    Loop.update = poisoned_update
 
 
 def command(arguments, faults=(), nan=None):
-    """`seqgan` at preset smoke with a checkpoint at every step. `faults`: [[pattern of an operation, what to do before it], ...], one after the other, or
-    'each': SIGKILL before the first operation of each kind. `nan`, [kind of run, model, first, last]: the loss of the model is NaN at these steps."""
-    from seqgan import __main__ as cli, codes
+    """`seqgan` at preset smoke, with a checkpoint at every step.
+
+    `faults` is [[pattern of an operation, what to do before it], ...], one after the other, or
+    "each": SIGKILL before the first operation of each kind. `nan` are the arguments of `poison`.
+    """
+    from seqgan import __main__ as cli
     from seqgan.core import home
     from seqgan.presets import preset
-    from seqgan.models.features import weights_digest
-    from seqgan.study.reproduce import StudyRow as Row
+    from seqgan.study.reproduce import StudyRow
+    from seqgan.training import codes
     from seqgan.training.processes import STOP
-    from seqgan.training.loop import Loop
 
-    files = {
-        name: os.open(home().parent / f"{home().name}-{name}", os.O_RDWR | os.O_APPEND | os.O_CREAT)
-        for name in ("steps", "kinds")
-    }
-    seen, todo, can = (
-        set(os.read(files["kinds"], 2**20).decode().splitlines()),
-        list(faults),
-        acts(home(), STOP),
-    )
+    def beside_home(name):
+        path = home().parent / f"{home().name}-{name}"
+        return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+
+    kinds = beside_home("kinds")
+    seen = set(os.read(kinds, 2**20).decode().splitlines())
+    due, can = list(faults), actions(home(), STOP)
 
     def act(label):
         if faults == "each":
-            if (kind := kind_of(label)) and kind not in seen:
-                os.write(files["kinds"], f"{kind}\n".encode())
+            kind = kind_of(label)
+            if kind and kind not in seen:
+                os.write(kinds, f"{kind}\n".encode())
                 can["SIGKILL"]()
-        elif todo and re.search(todo[0][0], label):
-            can[todo.pop(0)[1]]()
+        elif due and re.search(due[0][0], label):
+            can[due.pop(0)[1]]()
 
-    run, update = Loop.run, Loop.update
-
-    def counted_run(self, step, *args, **kwargs):
-        def counted(t):
-            with suppress(OSError):
-                os.write(
-                    files["steps"], f"{self.folder.name} {t}\n".encode()
-                )  # a limit for files is one for this too
-            self.now = t
-            return step(t)
-
-        return run(self, counted, *args, save_seconds=0, **kwargs)
-
-    def poisoned(self, name, *losses):
-        if not (
-            self.folder.name.startswith(nan[0]) and name == nan[1] and nan[2] <= self.now <= nan[3]
-        ):
-            return update(self, name, *losses)
-        before = (
-            weights_digest(self.plain(name)),
-            weights_digest(self.averages[name]) if name in self.averages else None,
-        )
-        try:
-            update(
-                self,
-                name,
-                *(
-                    lambda loss=loss: (loss() if callable(loss) else loss) * float("nan")
-                    for loss in losses
-                ),
-            )
-        finally:
-            assert before == (
-                weights_digest(self.plain(name)),
-                weights_digest(self.averages[name]) if name in self.averages else None,
-            )
-
-    Loop.run, codes.CHUNK = counted_run, 64
+    record_steps(beside_home("steps"))
     if nan:
-        Loop.update = poisoned
+        poison(*nan)
+    codes.CHUNK = 64
     home().mkdir(exist_ok=True)
     before_changes(home(), act)
-    if arguments[0] == "train":
-        return cli.main(["train", "--preset", "smoke", *arguments[1:]])
-    c = preset(
-        "smoke", cli.settings(arguments[4:]) | {"phase": 2}
-    )  # a study of one row, the one of `train`
-    cli.whole_study = lambda *_: [Row("figure8", "2", 0, {"AR": c})]
-    return cli.main(["reproduce", "--preset", "smoke"])
-
-
-def content(file):
-    "What must be the same in a file of two runs."
-    if file.name == "metrics.json":
-        found = json.loads(file.read_text())
-        return found["metrics"], sorted(
-            name for name in found["files"] if not name.startswith("damaged-")
-        )
-    if file.name == "log.jsonl":
-        return [
-            {k: v for k, v in json.loads(line).items() if k != "seconds_per_step"}
-            for line in file.read_text().splitlines()
-        ]
-    if "reports" in file.parts:
-        return {
-            k: v
-            for k, v in json.loads(file.read_text()).items()
-            if k in ("metrics", "curves", "networks")
-        }
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def results(home, kinds=r"[a-z_]+"):
-    "All that a study left: {file: what must be the same}. Of a finished run nothing else is left."
-    left = [
-        p
-        for p in (home / "runs").glob("*/**/.*")
-        if p.name != ".lock"
-        and (
-            home / p.relative_to(home).parts[0] / p.relative_to(home).parts[1] / "metrics.json"
-        ).exists()
-    ]
-    assert not left, left
-    return {
-        name: content(file)
-        for file in home.rglob("*")
-        if file.is_file()
-        and file.suffix in (".json", ".jsonl", ".safetensors", ".npy", ".bin")
-        and re.search(
-            rf"^(runs/({kinds})-{'|reports/results' * (kinds == '[a-z_]+')})",
-            name := file.relative_to(home).as_posix(),
-        )
-        and not re.search(r"/\.|damaged-|config\.json", name)
-    }
-
-
-def finished(home):
-    "When the files of the finished runs were written, {file: time}; without the cards, which tell more when more is known."
-    return {
-        p: p.stat().st_mtime_ns
-        for done in (home / "runs").glob("*/metrics.json")
-        for p in done.parent.rglob("*")
-        if p.is_file() and not re.search(r"/\.|/checkpoint-|\.md$", str(p))
-    }
-
-
-def kept(folder):
-    "The steps of the checkpoints of a run."
-    return {int(p.name[11:]) for p in folder.glob("checkpoint-*")}
-
-
-def run_of(home, kind):
-    (folder,) = (home / "runs").glob(f"{kind}-*")
-    return folder
+    words = ["--preset", "smoke", *arguments[1:]]
+    if arguments[0] == "reproduce":  # of one row, the study of `train`
+        config = preset("smoke", cli.parse_settings(SETTINGS) | {"phase": 2})
+        cli.whole_study = lambda *_: [StudyRow("figure8", "phase 2", 0, {"AR": config})]
+        words = ["--preset", "smoke"]
+    return cli.main([arguments[0], *words])

@@ -21,12 +21,12 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 STAGES = [
     "open vgg/log",
     "rename evaluator/.part-N$",
-    "open warmup/log",
+    "open branch-point/log",
     "rename tokenizer/.part-N/",
-    "image_codes/train/.codes.json",
+    "codes/train/.codes.json",
     "open decoder/log",
     "rename ar/.part-N$",
-    "rename codes/.part",
+    "rename samples/.part",
 ]
 
 

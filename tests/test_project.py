@@ -1,4 +1,4 @@
-"""What a notebook cannot test about itself: the layout, the imports, the tags, the files that are committed."""
+"""What a notebook cannot test about itself: rooms, the form of notebooks, what is committed."""
 
 import ast
 import json
@@ -6,11 +6,17 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+MODULES = sorted(
+    path
+    for path in (ROOT / "seqgan").rglob("*.py")
+    if path.name not in ("__init__.py", "_modidx.py")
+)
 RUNTIME = {
     "torch",
     "torchvision",
@@ -27,29 +33,170 @@ RUNTIME = {
 }
 
 
-def cells(path, kind="code"):
-    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+def code_cells(path):
+    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
 
 
 def source(cell):
     return "".join(cell["source"])
 
 
-def module_numbers():
-    "Module name -> number of the notebook that exports it."
-    numbers = {}
+def tracked_files():
+    command = ["git", "ls-files"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return found.stdout.split("\n")[:-1]
+
+
+# Rooms
+
+
+def module_name(path):
+    "seqgan/training/loop.py -> training.loop"
+    return ".".join(path.relative_to(ROOT / "seqgan").with_suffix("").parts)
+
+
+def numbers():
+    "The number of the notebook that exports each module: its first digit is its room."
+    found = {}
     for path in NOTEBOOKS:
-        for cell in cells(path):
-            if match := re.search(r"^#\| default_exp (\w+)", source(cell), re.M):
-                numbers[match[1]] = int(path.name[:2])
-    return numbers
+        for cell in code_cells(path):
+            if match := re.search(r"^#\| default_exp ([\w.]+)", source(cell), re.M):
+                found[match[1]] = path.name[:2]
+    return found
+
+
+def imported(path):
+    "The modules of this package and the packages of others that a module imports, anywhere."
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            others |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("seqgan")):
+            above = ("seqgan." + module_name(path)).split(".")[: -node.level or None]
+            base = ".".join([*above, node.module or ""]) if node.level else node.module
+            names = [base, *(f"{base.rstrip('.')}.{alias.name}" for alias in node.names)]
+            ours |= {name.removeprefix("seqgan.") for name in names}
+        elif isinstance(node, ast.ImportFrom):
+            others.add(node.module.split(".")[0])
+    return ours, others
+
+
+def room(number):
+    return ("core", "data", "models", "training", "evaluation", "study")[int(number[0])]
+
+
+def may_import(module, number, other, other_number):
+    "The law of the house."
+    if not other_number < number:
+        return False
+    if room(number) == "models":
+        return room(other_number) in ("core", "models") and other not in ("plot", "presets")
+    if module == "training.loop":
+        return room(other_number) != "models"
+    if room(number) == "evaluation":
+        return room(other_number) != "training"
+    return True
+
+
+def test_every_module_has_its_notebook():
+    assert set(numbers()) == {module_name(path) for path in MODULES}
+    for module, number in numbers().items():
+        folder = module.split(".")[0] if "." in module else "core"
+        expected = "study" if module == "__main__" else folder
+        assert room(number) == expected, (module, number)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports(path):
+    "From later notebooks to earlier ones; models know no data, the loop no model, and so on."
+    found, module = numbers(), module_name(path)
+    ours, others = imported(path)
+    for other in ours & found.keys():
+        assert may_import(module, found[module], other, found[other]), f"{module} imports {other}"
+    assert others <= RUNTIME | set(sys.stdlib_module_names), module
+
+
+def test_the_law_of_imports():
+    "What it forbids."
+    for module, number, other, other_number in (
+        ("core", "00", "config", "02"),
+        ("models.tokenizer", "27", "data.images", "16"),
+        ("models.tokenizer", "27", "plot", "04"),
+        ("training.loop", "34", "models.layers", "21"),
+        ("evaluation.metrics", "40", "training.loop", "34"),
+        ("training.codes", "38", "evaluation.metrics", "40"),
+    ):
+        assert not may_import(module, number, other, other_number), (module, other)
+    assert may_import("training.codes", "38", "models.tokenizer", "27")
+
+
+# Notebooks
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook(path):
+    notebook = json.loads(path.read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    ids = [cell["id"] for cell in notebook["cells"]]
+    assert len(ids) == len(set(ids))
+    # papermill refuses parameters without it
+    assert notebook["metadata"]["kernelspec"]["language"] == "python"
+    outputs = [output for cell in code_cells(path) for output in cell["outputs"]]
+    assert outputs, "committed without outputs: nothing to read"
+    assert all(output["output_type"] != "error" for output in outputs)
+    assert all(len(json.dumps(output)) < 1_000_000 for output in outputs)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_first_cell(path):
+    "A title and one sentence, which becomes the docstring of the module."
+    first = source(json.loads(path.read_text())["cells"][0]).strip()
+    title, sentence = first.split("\n\n")[:2]
+    assert title.startswith("# ") and sentence.startswith("> "), first
+
+
+def parsed(cell):
+    "The syntax tree of a cell, without the lines that are IPython's."
+    lines = source(cell).split("\n")
+    return ast.parse("\n".join("pass" if line.startswith(("%", "!")) else line for line in lines))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_cells_are_short(path):
+    "One idea a cell, a screen a function; one class or one table may be longer."
+    for cell in code_cells(path):
+        lines = [line for line in source(cell).split("\n") if line.strip()]
+        tree = parsed(cell)
+        alone = len(tree.body) == 1 and isinstance(tree.body[0], ast.ClassDef | ast.Assign)
+        assert len(lines) <= (150 if alone else 65), cell["id"]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, node.name
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in NOTEBOOKS if p.name.startswith("ablation")], ids=lambda p: p.stem
+)
+def test_parameters_survive_cleaning(path, tmp_path):
+    """nbdev_clean deletes tags unless settings.ini allows them; papermill's -p would then be
+    ignored without an error."""
+    for name in ("settings.ini", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "nbs").mkdir()
+    copy = Path(shutil.copy(path, tmp_path / "nbs"))
+    clean = "from nbdev.clean import nbdev_clean; nbdev_clean()"
+    subprocess.run([sys.executable, "-c", clean], cwd=tmp_path, check=True)
+    tagged = [c for c in code_cells(copy) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    names = {t.id for n in ast.parse(source(tagged[0])).body for t in n.targets}
+    assert {"preset", "data", "seed"} < names
+
+
+# What is committed
 
 
 def test_top_level():
-    tracked = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split("\n")
-    top = {name.split("/")[0] for name in tracked if name and not name.startswith(".")}
+    top = {name.split("/")[0] for name in tracked_files() if not name.startswith(".")}
     assert top == {
         "nbs",
         "seqgan",
@@ -64,110 +211,43 @@ def test_top_level():
     }
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook(path):
-    nb = json.loads(path.read_text())
-    assert (nb["nbformat"], nb["nbformat_minor"]) == (4, 5)
-    ids = [c["id"] for c in nb["cells"]]
-    assert len(ids) == len(set(ids))
-    assert (
-        nb["metadata"]["kernelspec"]["language"] == "python"
-    )  # papermill refuses parameters without it
-    outputs = [o for c in cells(path) for o in c["outputs"]]
-    assert outputs, "committed without outputs: nothing to read"
-    assert all(o["output_type"] != "error" for o in outputs)
-    assert all(len(json.dumps(o)) < 1_000_000 for o in outputs)
-    assert source(nb["cells"][0]).startswith("# ")
-
-
-@pytest.mark.parametrize(
-    "path", [p for p in NOTEBOOKS if p.name.startswith("ablation")], ids=lambda p: p.stem
-)
-def test_parameters_survive_cleaning(path, tmp_path):
-    "nbdev_clean deletes tags unless settings.ini allows them; papermill's -p would then be ignored without an error."
-    for name in ("settings.ini", "setup.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "nbs").mkdir()
-    copy = shutil.copy(path, tmp_path / "nbs")
-    subprocess.run(
-        [sys.executable, "-c", "from nbdev.clean import nbdev_clean; nbdev_clean()"],
-        cwd=tmp_path,
-        check=True,
-    )
-    tagged = [c for c in cells(type(path)(copy)) if "parameters" in c["metadata"].get("tags", [])]
-    assert len(tagged) == 1
-    names = {t.id for n in ast.parse(source(tagged[0])).body for t in n.targets}
-    assert {"preset", "data", "seed"} < names
-
-
-def test_imports():
-    "A module imports only modules of smaller notebooks and the packages it may; model modules know no data, plots or training."
-    numbers = module_numbers()
-    assert set(numbers) == {p.stem for p in (ROOT / "seqgan").glob("*.py")} - {
-        "__init__",
-        "_modidx",
-    }
-    for name, number in numbers.items():
-        for node in ast.walk(ast.parse((ROOT / "seqgan" / f"{name}.py").read_text())):
-            if isinstance(node, ast.ImportFrom) and (
-                node.level == 1 or node.module.startswith("seqgan.")
-            ):
-                own = numbers[node.module.removeprefix("seqgan.")]
-                assert own < number, f"{name} imports {node.module}"
-                if 4 <= number <= 12:
-                    assert own not in {1, 2, 13} and own < 13, f"{name} imports {node.module}"
-            elif isinstance(node, (ast.Import, ast.ImportFrom)):
-                tops = (
-                    {a.name.split(".")[0] for a in node.names}
-                    if isinstance(node, ast.Import)
-                    else {node.module.split(".")[0]}
-                )
-                assert tops <= RUNTIME | set(sys.stdlib_module_names), f"{name} imports {tops}"
-
-
-def test_no_batch_normalisation_in_the_discriminator():
-    assert "BatchNorm" not in (ROOT / "seqgan" / "discriminator.py").read_text()
+def test_no_file_is_large():
+    assert not [name for name in tracked_files() if (ROOT / name).stat().st_size > 5_000_000]
 
 
 def test_records_and_tables_agree(python, tmp_path):
     "The committed tables are those that the committed records give."
-    shutil.copytree(ROOT / "reports" / "results", tmp_path / "home" / "reports" / "results")
-    tables = [
-        p.stem
-        for p in (ROOT / "reports").glob("*.csv")
-        if p.stem not in ("benchmark", "paper_size")
-    ]
-    assert "figure6" in tables
-    result = python(
-        f"from seqgan.report import write_table; [write_table(name) for name in {tables}]"
-    )
+    results, reports = ROOT / "reports" / "results", tmp_path / "home" / "reports"
+    if results.exists():
+        shutil.copytree(results, reports / "results")
+    code = """
+from seqgan.study.paper import TABLES
+from seqgan.study.report import write_table
+for name in TABLES:
+    write_table(name)
+"""
+    result = python(code)
     assert result.returncode == 0, result.stdout[-3000:]
-    for name in [f"{table}.{kind}" for table in tables for kind in ("csv", "md")]:
-        assert (tmp_path / "home" / "reports" / name).read_text() == (
-            ROOT / "reports" / name
-        ).read_text(), name
-
-
-def test_no_file_is_large():
-    tracked = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert not [name for name in tracked if (ROOT / name).stat().st_size > 5_000_000]
+    for file in [*reports.glob("*.csv"), *reports.glob("*.md")]:
+        committed = ROOT / "reports" / file.name
+        if committed.exists() or results.exists():
+            assert file.read_text() == committed.read_text(), file.name
 
 
 def test_digest_covers_what_functions_import(python, tmp_path):
     "A run is named by the code that computes it, also by what is imported only when it is needed."
     shutil.copytree(ROOT / "seqgan", tmp_path / "seqgan")
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    code = "from seqgan.study.provenance import source_digest as d; print(d('study.study'))"
 
     def digest():
-        result = python(
-            "from seqgan.experiment import source_digest; print(source_digest('experiment'))",
-            cwd=tmp_path,
-        )
+        result = python(code, cwd=tmp_path)
         assert result.returncode == 0, result.stdout
         return result.stdout.split()[-1]
 
-    before = digest()
-    with open(tmp_path / "seqgan" / "metrics.py", "a") as file:
-        file.write("\nADDED = 1\n")
+    before, metrics = digest(), tmp_path / "seqgan" / "evaluation" / "metrics.py"
+    text = metrics.read_text()
+    metrics.write_text(text + "\n# a comment\n")
+    assert digest() == before
+    metrics.write_text(text + "\nADDED = 1\n")
     assert digest() != before
