@@ -81,6 +81,31 @@ def test_tokenizer_round_trip(tmp_path, changes):
     assert not any(p.requires_grad or p.is_meta for p in loaded.parameters())
 
 
+TYPES = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float64: 1e-5}  # with their tolerance
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_loaded_tokenizer_in_another_type(tmp_path, changes, dtype):
+    "What the error of `save_pretrained` recommends: load, then `.to(...)`."
+    torch.manual_seed(0)
+    new_tokenizer(changes).save_pretrained(tmp_path)
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    other = Tokenizer.from_pretrained(tmp_path).to(dtype)
+    images = torch.rand(2, 3, 16, 32) * 2 - 1
+    codes, expected = tokenizer.encode(images), tokenizer.reconstruct(images)
+    found = other.encode(images)
+    assert found.dtype == torch.int64
+    assert (found == codes).float().mean() > 0.8
+    decoded = other.decode(codes)
+    assert decoded.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (decoded - expected).abs().max() < TYPES[dtype]
+    assert torch.equal(other.reconstruct(images), other.decode(found))
+    reconstruction = other(images.to(dtype))[0]
+    assert reconstruction.isfinite().all()
+    assert reconstruction.dtype == decoded.dtype
+
+
 def test_files_of_a_model(tmp_path):
     "Three files and no others, with the permissions of any file: others may be meant to read them."
     new_tokenizer().save_pretrained(tmp_path, "# Card")

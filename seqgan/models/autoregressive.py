@@ -9,7 +9,6 @@ __all__ = [
     "sample_categorical",
     "uniforms",
     "sample_autoregressive",
-    "sample_many",
 ]
 
 # %% ../../nbs/29_autoregressive.ipynb #6b4b1685
@@ -21,17 +20,17 @@ from torch import Tensor
 
 from ..config import Sampler
 from ..core import check, generator
-from .layers import eval_mode
+from .layers import at_least_float32, eval_mode
 from .transformer import Transformer, as_labels
 
 
 # %% ../../nbs/29_autoregressive.ipynb #b8de58fc
 def next_code_loss(logits: Tensor, codes: Tensor) -> dict[str, Tensor]:
-    """dict(loss, accuracy) of logits (B, N, K) against codes int64 (B, N), in float32.
+    """dict(loss, accuracy) of logits (B, N, K) against codes int64 (B, N), in float32 at least.
 
     The mean cross-entropy in nats per code, and the mean top-1 accuracy, which has no gradient.
     """
-    logits = logits.float()
+    logits = at_least_float32(logits)
     return dict(
         loss=F.cross_entropy(logits.flatten(0, 1), codes.flatten()),
         accuracy=(logits.detach().argmax(-1) == codes).float().mean(),
@@ -118,11 +117,3 @@ def sample_autoregressive(
             previous = sample_categorical(logits, config, u[i])  # (B,)
             codes[:, i] = previous
     return codes
-
-
-# %% ../../nbs/29_autoregressive.ipynb #431cdd09
-def sample_many(*arguments, **named):
-    "Moved to `seqgan.models.sampling`."
-    from seqgan.models import sampling
-
-    return sampling.sample_many(*arguments, **named)

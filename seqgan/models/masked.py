@@ -67,9 +67,9 @@ def random_mask(u: Tensor) -> Tensor:
 def masked_code_loss(logits: Tensor, codes: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """dict(loss, accuracy) over the M hidden codes, those where mask, bool (B, N), is True.
 
-    The mean cross-entropy in nats per code and the mean top-1 accuracy, in float32. `logits` (M, K)
-    are transformer(codes.masked_fill(mask, transformer.mask), labels, mask); `codes` int64 (B, N)
-    are the true ones. Raises ValueError if no code is hidden.
+    The mean cross-entropy in nats per code and the mean top-1 accuracy, in float32 at least.
+    `logits` (M, K) are transformer(codes.masked_fill(mask, transformer.mask), labels, mask);
+    `codes` int64 (B, N) are the true ones. Raises ValueError if no code is hidden.
     """
     found = (mask.dtype, tuple(mask.shape))
     shape = tuple(codes.shape)

@@ -50,7 +50,6 @@ def sample_many(
     seed: int = 0,
     batch: int | None = None,
     indices: Iterable[int] | None = None,
-    **_,
 ) -> Tensor:
     """`sample` in batches and with progress: codes int64 (M, N), on the CPU, for M labels.
 

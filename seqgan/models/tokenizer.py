@@ -18,6 +18,7 @@ from ..config import Quantizer as QuantizerConfig
 from ..core import check
 from .autoencoder import Decoder, Encoder
 from .features import Network, weights_digest
+from .layers import at_least_float32
 from .pretrained import Pretrained, exact_settings
 from .quantizer import Quantizer, QuantizerLosses, Reduction
 
@@ -53,7 +54,7 @@ class Tokenizer(Network, Pretrained):
         """
         z = self.encoder(images)  # (B, D, h, w)
         z_q, codes, losses = self.quantizer(z, reduce_mean_assignment)  # (B, D, h, w), (B, h, w)
-        return self.decoder(z_q).float(), codes, losses  # (B, 3, H, W)
+        return at_least_float32(self.decoder(z_q)), codes, losses  # (B, 3, H, W)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -63,18 +64,18 @@ class Tokenizer(Network, Pretrained):
         """
         must = "images must be a float tensor (B, 3, H, W) in [-1, 1]"
         check(isinstance(images, Tensor), must, type(images).__name__)
-        images = images.float() if images.is_floating_point() else images
         return self.quantizer.encode(self.encoder(images))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Images (B, 3, f h, f w) in [-1, 1] of codes int64 (B, h, w) in [0, K).
+        """Images (B, 3, f h, f w) in [-1, 1], float32, of codes int64 (B, h, w) in [0, K).
 
-        Raises ValueError for others.
+        A tokenizer in float64 gives float64. Raises ValueError for other codes.
         """
         must = "codes must be an int64 tensor (B, h, w)"
         check(isinstance(codes, Tensor), must, type(codes).__name__)
-        return self.decoder(self.quantizer.lookup(codes)).float().clamp(-1, 1)
+        images = self.decoder(self.quantizer.lookup(codes))
+        return at_least_float32(images).clamp(-1, 1)
 
     def reconstruct(self, images: Tensor) -> Tensor:
         "decode(encode(images))."
