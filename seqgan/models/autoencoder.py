@@ -92,11 +92,8 @@ class Decoder(nn.Module):
     @staticmethod
     def _attention(config: Autoencoder, channels: int) -> nn.Sequential:
         "The attention at the end of a level; empty, the identity, in phase one."
-        pairs = (
-            BDAttention(channels, config.attention_heads, config.attention_block)
-            for _ in range(config.attention)
-        )
-        return nn.Sequential(*pairs)
+        settings = config.attention_heads, config.attention_block, config.dilation
+        return nn.Sequential(*(BDAttention(channels, *settings) for _ in range(config.attention)))
 
     def forward(self, z_q: Tensor) -> Tensor:
         fits = z_q.ndim == 4 and z_q.shape[1] == self.code_dim

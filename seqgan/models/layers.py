@@ -123,21 +123,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float = 0.0) 
 
 # %% ../../nbs/21_layers.ipynb #100a6d3c
 class BlockAttention(nn.Module):
-    """Multi-head self-attention in groups of block x block positions, residual.
+    """Multi-head self-attention in groups of positions, residual (HiT, Zhao et al., 2021).
 
-    (B, channels, H, W) -> the same; the identity until trained. A group is a block of neighbours
-    (regional), or, `dilated`, the positions at steps of H/block and W/block (HiT, Zhao et al.,
-    2021). A side shorter than `block` is in one group as a whole.
+    (B, channels, H, W) -> the same; the identity until trained. A group is a block of
+    block x block neighbours (regional), or, `dilated`, a grid of positions: at steps of `block`
+    (dilation 'hit') or block x block of them (dilation 'groups'). `block` is at most a side.
 
-    Raises ValueError for a longer side that is not a multiple of `block`, and if `channels` is
-    not a multiple of 4 and of `heads`.
+    Raises ValueError for a longer side that is not a multiple of `block`, for another dilation,
+    and if `channels` is not a multiple of 4 and of `heads`.
     """
 
-    def __init__(self, channels: int, heads: int, block: int, dilated: bool):
+    def __init__(
+        self, channels: int, heads: int, block: int, dilated: bool, dilation: str = "groups"
+    ):
         super().__init__()
+        check(dilation in ("hit", "groups"), "dilation must be 'hit' or 'groups'", dilation)
         divides = heads >= 1 and channels % heads == 0
         check(divides, f"attention_heads must be a divisor of the {channels} channels", heads)
-        self.heads, self.block, self.dilated = heads, block, dilated
+        self.heads, self.block = heads, block
+        self.dilated, self.dilation = dilated, dilation
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.project = nn.Conv2d(channels, channels, 1)
@@ -150,7 +154,9 @@ class BlockAttention(nn.Module):
         fits = side % block == 0
         must = f"sides of a feature map must be multiples of attention_block = {self.block}"
         check(fits, f"{must}, or smaller", side)
-        return (block, side // block) if self.dilated else (side // block, block)
+        if self.dilated and self.dilation == "groups":
+            return block, side // block
+        return side // block, block
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
@@ -176,10 +182,10 @@ class BDAttention(nn.Sequential):
     (B, channels, H, W) -> the same.
     """
 
-    def __init__(self, channels: int, heads: int, block: int):
+    def __init__(self, channels: int, heads: int, block: int, dilation: str = "groups"):
         pair = OrderedDict(
             regional=BlockAttention(channels, heads, block, dilated=False),
-            dilated=BlockAttention(channels, heads, block, dilated=True),
+            dilated=BlockAttention(channels, heads, block, dilated=True, dilation=dilation),
         )
         super().__init__(pair)
 
