@@ -28,9 +28,9 @@ from seqgan.config import Data
 from seqgan.core import digest
 from seqgan.data import layouts
 from seqgan.data.batches import Batches, check_batch
+from seqgan.data.classes import printable
 from seqgan.data.folders import resolve_data
 from seqgan.data.images import LazyImages, count_images, load, subset
-from seqgan.data.layouts import printable
 
 
 def test_hostile_folder(tmp_path, capfd):

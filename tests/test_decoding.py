@@ -19,10 +19,10 @@ from image_files import FORMATS, bombs, encode, load_lazily, write_images
 from PIL import Image
 
 from seqgan.config import Data
+from seqgan.data.classes import printable
+from seqgan.data.contents import SUFFIXES
 from seqgan.data.decoding import decode_image
-from seqgan.data.folders import SUFFIXES
 from seqgan.data.images import load
-from seqgan.data.layouts import printable
 
 
 # Pillow itself stops at twice its limit, and warns from 9,460
