@@ -10,6 +10,8 @@ __all__ = [
     "panels",
     "summary",
     "rank_correlations",
+    "markdown_table",
+    "frame_markdown",
     "panel_markdown",
     "alpha_summary",
 ]
@@ -164,6 +166,27 @@ def rank_correlations(summary: pd.DataFrame, at_least: int = 4) -> dict[str, flo
     return found
 
 
+# %% ../../nbs/57_tables.ipynb #17530757
+def markdown_table(header: list[str], lines: Iterable[list[str]]) -> str:
+    "A table in Markdown."
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def frame_markdown(frame: pd.DataFrame) -> str:
+    "A data frame without its index in Markdown: numbers to three digits, missing ones empty."
+
+    def text(value: object) -> str:
+        if pd.isna(value):
+            return ""
+        if isinstance(value, str):
+            return value
+        return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+    lines = ([text(value) for value in row] for row in frame.itertuples(index=False))
+    return markdown_table(list(frame.columns), lines)
+
+
 # %% ../../nbs/57_tables.ipynb #75cefde5
 def _cell(row: pd.Series, name: str, paper: str = "") -> str:
     "Mean ± spread / the paper's number, as far as they are known."
@@ -175,11 +198,6 @@ def _cell(row: pd.Series, name: str, paper: str = "") -> str:
     if not pd.isna(row.get(paper)):
         text += f" / {row[paper]:g}"
     return text
-
-
-def _grid(header: list[str], lines: list[list[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _seeds(row: pd.Series) -> str:
@@ -200,7 +218,7 @@ def panel_markdown(panel: Panel) -> str:
         [label, *(_cell(row, ours, f"paper {m}") for m, ours in measured.items()), _seeds(row)]
         for label, row in part.iterrows()
     ]
-    text = [_grid(header, lines)]
+    text = [markdown_table(header, lines)]
     if len(panel.paper):
         text[0] += (
             "\n\nAfter the stroke: the paper's number (ImageNet at 256x256 unless the preset "
@@ -209,7 +227,7 @@ def panel_markdown(panel: Panel) -> str:
     others = [c for c in part if not c.endswith((" sd", " seeds")) and not c.startswith("paper ")]
     others = [c for c in others if c not in measured.values()]
     lines = [[label, *(_cell(row, name) for name in others)] for label, row in part.iterrows()]
-    text.append(_grid(["", *others], lines))
+    text.append(markdown_table(["", *others], lines))
     ranks = rank_correlations(part)
     if ranks:
         values = ", ".join(f"{metric} {value:.2f}" for metric, value in ranks.items())
