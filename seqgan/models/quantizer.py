@@ -114,11 +114,11 @@ def assign(z: Tensor, codebook: Tensor, distance: str, temperature: float) -> tu
 
 
 def entropy(p: Tensor) -> Tensor:
-    """Entropy in nats of a distribution p (K,).
+    """Entropy in nats of distributions p (..., K): (...).
 
     An entry that underflowed to 0 adds 0, and no infinite gradient.
     """
-    return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum()
+    return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(-1)
 
 
 # %% ../../nbs/23_quantizer.ipynb #a6016982
@@ -158,12 +158,16 @@ def perplexity(counts: Tensor) -> float:
 
 
 # %% ../../nbs/23_quantizer.ipynb #f1ce08ad
-def codebook_and_commitment(z: Tensor, z_q: Tensor) -> tuple[Tensor, Tensor]:
+def codebook_and_commitment(
+    z: Tensor, z_q: Tensor, reduction: str = "mean"
+) -> tuple[Tensor, Tensor]:
     """The two terms of Equation 2 that the quantizer adds, without beta.
 
     z, z_q (B, h, w, d) -> two scalars: the first moves the codes only, the second the features.
+    'mean' averages over all elements; 'sum' adds up an image's and averages over the batch only.
     """
-    return F.mse_loss(z_q, z.detach()), F.mse_loss(z, z_q.detach())
+    scale = z[0].numel() if reduction == "sum" else 1
+    return F.mse_loss(z_q, z.detach()) * scale, F.mse_loss(z, z_q.detach()) * scale
 
 
 def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
@@ -297,7 +301,7 @@ class QuantizerLosses(TypedDict):
 
     codebook: Tensor  # Equation 2, moves the codes
     commitment: Tensor  # Equation 2 without beta, moves the features
-    entropy: Tensor  # section 3.4, nats, at most ln K; of the whole batch
+    entropy: Tensor  # section 3.4, nats, at most ln K; of the whole batch, or the images' mean
     vq: Tensor  # codebook + beta * commitment - gamma * entropy: a term of the training loss
     mean_assignment: Tensor  # (K,), of the features at hand, without gradient
 
@@ -320,20 +324,30 @@ class Quantizer(Codebook):
         with torch.autocast(z.device.type, enabled=False):
             z, vectors = self.features(z), self.code_vectors()  # (B, h, w, d), (K, d)
             with torch.set_grad_enabled(torch.is_grad_enabled() and c.gamma > 0):  # else a report
-                codes, mean = assign(z.flatten(0, 2), vectors, c.distance, c.temperature)
-                entropy = batch_entropy(mean, reduce_mean_assignment)
-            codes = codes.view(z.shape[:3])  # (B, h, w)
+                codes, mean, usage_entropy = self._assign(z, vectors, reduce_mean_assignment)
             z_q = F.embedding(codes, vectors)  # (B, h, w, d)
-            codebook, commitment = codebook_and_commitment(z, z_q)
+            codebook, commitment = codebook_and_commitment(z, z_q, c.reduction)
             losses = QuantizerLosses(
                 codebook=codebook,
                 commitment=commitment,
-                entropy=entropy,
-                vq=codebook + c.beta * commitment - c.gamma * entropy,
+                entropy=usage_entropy,
+                vq=codebook + c.beta * commitment - c.gamma * usage_entropy,
                 mean_assignment=mean.detach(),
             )
             losses["soft"] = losses["mean_assignment"]  # its former name
             return self.to_channels(straight_through(z, z_q)), codes, losses
+
+    def _assign(
+        self, z: Tensor, vectors: Tensor, reduce_mean_assignment: Reduction | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        "Features (B, h, w, d) -> codes (B, h, w), mean assignment (K,), entropy (section 3.4)."
+        c = self.config
+        if c.entropy_over == "batch":
+            codes, mean = assign(z.flatten(0, 2), vectors, c.distance, c.temperature)
+            return codes.view(z.shape[:3]), mean, batch_entropy(mean, reduce_mean_assignment)
+        images = [assign(image, vectors, c.distance, c.temperature) for image in z.flatten(1, 2)]
+        codes, means = map(torch.stack, zip(*images, strict=True))  # (B, h w), (B, K)
+        return codes.view(z.shape[:3]), means.mean(0), entropy(means).mean()
 
     @torch.no_grad()
     def init_from(self, z: Tensor, seed: int) -> None:
