@@ -90,6 +90,7 @@ def uniforms(
     return torch.stack([torch.rand(n, generator=generator(purpose, seed, b)) for b in indices])
 
 
+# %% ../../nbs/29_autoregressive.ipynb #574c4f5e
 @torch.no_grad()
 def sample_autoregressive(
     transformer: Transformer,

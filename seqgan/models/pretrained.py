@@ -115,6 +115,7 @@ def named_errors(path: Path, remedy: str) -> Iterator[None]:
         raise ValueError(f"{path} can't be used: {first_line(error)} {remedy}") from error
 
 
+# %% ../../nbs/26_pretrained.ipynb #be93cb22
 def read_config(path: Path) -> dict:
     """The dict in a JSON file of at most 1 MB. Raises ValueError for anything else: another value,
     a name that occurs twice, NaN, infinity."""
