@@ -5,8 +5,11 @@ its run folders. The wrong choice (the other split, decoder, alpha or labels) is
 and must give another number: so a wrong line in between cannot pass.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
+
 from seqgan.core import to_float, to_uint8
 from seqgan.data.batches import map_batches
 from seqgan.evaluation.metrics import fid, inception_score, psnr
@@ -15,11 +18,14 @@ from seqgan.models.features import weights_digest
 from seqgan.models.perceptual import PerceptualLoss
 from seqgan.models.sampling import sample_many
 from seqgan.models.tokenizer import Tokenizer
+from seqgan.models.transformer import Transformer
 from seqgan.presets import preset
 from seqgan.study.records import record_study
 from seqgan.study.study import Study
 from seqgan.training.checkpoints import read_log
 from seqgan.training.codes import read_codes
+from seqgan.training.tokenizer import train_decoder, train_tokenizer
+from seqgan.training.transformer import train_transformer
 
 ALPHA = 0.75
 CHANGES = {
@@ -114,6 +120,28 @@ def test_each_phase_has_its_alpha(studies):
             mixed = alpha * line["sem"] + (1 - alpha) * line["low"]
             assert line["perceptual"] == pytest.approx(mixed, rel=1e-3), (alpha, line["step"])
             assert line["low"] != pytest.approx(line["sem"], rel=0.05)
+
+
+def test_trainings(studies, tmp_path):
+    "Trained again from what each stage should get: the same weights, to the last bit."
+    study, _ = studies["AR"]
+    c, steps = study.config, study.config.perceptual.warmup
+    images = study.train, study.vgg
+    beginning = replace(c, perceptual=replace(c.perceptual, alpha=0.0))
+    train_tokenizer(beginning, *images, tmp_path / "beginning", study.val, until=steps)
+    start = tmp_path / "beginning" / f"checkpoint-{steps}"
+    train_tokenizer(c, *images, tmp_path / "tokenizer", study.val, start=start)
+    first = tmp_path / "tokenizer" / "model"
+    train_decoder(c, first, *images, tmp_path / "decoder", study.val)
+    codes = [read_codes(study.run("codes") / split) for split in ("train", "val")]
+    train_transformer(c, *codes, len(study.classes), tmp_path / "ar")
+    found = {
+        "phase one": (Tokenizer.from_pretrained(first), phase_one(study)),
+        "phase two": (Tokenizer.from_pretrained(tmp_path / "decoder" / "model"), study.tokenizer),
+        "AR": (Transformer.from_pretrained(tmp_path / "ar" / "model"), study.transformer),
+    }
+    for stage, (again, recorded) in found.items():
+        assert weights_digest(again) == weights_digest(recorded), stage
 
 
 def test_codes(studies):
