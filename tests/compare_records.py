@@ -2,8 +2,8 @@
 
     python tests/compare_records.py BEFORE AFTER
 
-BEFORE and AFTER are folders `reports/results` that `seqgan reproduce --preset smoke` wrote, one with
-each revision, on one machine. Records are matched by the settings that both revisions know. Their
+BEFORE and AFTER are folders `reports/results` that `seqgan reproduce --preset smoke` wrote, one
+with each revision, on one machine. Records are matched by the settings that both know. Their
 metrics, curves, protocols and the digests of their networks must be equal to the last bit; only
 names may differ, and RENAMED lists those of settings.
 """
