@@ -69,7 +69,7 @@ def test_a_worker_is_killed(tmp_path, capfd, number):
     for step in range(12):
         assert is_same(batches(step), batches[step])
         if step == 3:
-            for worker in batches._stream._workers:
+            for worker in batches._ahead.stream._workers:
                 os.kill(worker.pid, number)
     assert capfd.readouterr().out.count("is read anew") == 1
 

@@ -29,6 +29,7 @@ def check_batch(batch: int, images: int, name: str = "batch") -> None:
     )
 
 
+# %% ../../nbs/19_batches.ipynb #f78a5156
 class Batches:
     """Step -> (float images (batch, 3, H, W) in [-1, 1], int64 labels (batch,)).
 
@@ -66,7 +67,7 @@ class Batches:
         self.batch, self.seed, self.flip, self.crop = batch, seed, flip, crop
         self.share = slice(rank, None, processes)
         self._epoch, self._order = None, None  # the last order, which the next step needs too
-        self._stream, self._next_step = None, None  # batches read ahead, and the step it is at
+        self._ahead = _ReadAhead()
 
     def __len__(self) -> int:
         return len(self.images) // self.batch
@@ -100,32 +101,11 @@ class Batches:
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         if not isinstance(self.images, LazyImages):
             return self[step]
-        pixels, labels, lines = self._read_ahead(step)
+        pixels, labels, lines = self._ahead.read(self, step)
         self.images.report(lines)
         # from pinned memory the way to the GPU is short
         images = torch.empty(pixels.shape, pin_memory=torch.cuda.is_available())
         return images.copy_(pixels).div_(127.5).sub_(1), labels
-
-    def _read_ahead(self, step: int) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
-        "What the workers read for a step: pixels, labels and lines about broken images."
-        for is_last_try in (False, True):
-            if step != self._next_step:
-                self._stream = self._next_step = None  # ends the workers that read another step
-                self._stream = _start_workers(self, step)
-            self._next_step = None  # so that after an error it begins anew
-            try:
-                result = next(self._stream)
-                break
-            except (RuntimeError, OSError, EOFError) as error:
-                # a worker was ended from outside: by a signal to all processes, or out of memory
-                if is_last_try:
-                    raise
-                text = f"a process that reads images has ended ({type(error).__name__})"
-                print(f"{text}; step {step} is read anew", flush=True)
-        if isinstance(result, ValueError):
-            raise result
-        self._next_step = step + 1
-        return result
 
 
 # %% ../../nbs/19_batches.ipynb #2c0f7ada
@@ -148,11 +128,14 @@ class _StepDataset:
         return pixels, labels, {i: line for i, line in reported.items() if i not in before}
 
 
+# %% ../../nbs/19_batches.ipynb #30c0f27e
 def _start_workers(batches: Batches, first_step: int) -> Iterator:
     "Worker processes that read the batches from `first_step` on, in order."
     gc.collect()  # any left by an error, that the new ones would inherit and wait for
+    batches = copy(batches)
+    batches._ahead = None  # or the stream would hold itself, and not end with the batches
     loader = DataLoader(
-        _StepDataset(copy(batches)),
+        _StepDataset(batches),
         batch_size=None,
         sampler=range(first_step, 2**62),
         num_workers=min(cpu_cores(), MAX_WORKERS),
@@ -163,6 +146,40 @@ def _start_workers(batches: Batches, first_step: int) -> Iterator:
         # or PyTorch raises in the middle of anything when a worker ends; `next` finds out, too
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return stream
+
+
+# %% ../../nbs/19_batches.ipynb #cc493653
+class _ReadAhead:
+    "The stream of batches that worker processes read, and the step that it gives next."
+
+    def __init__(self):
+        self.stream, self.next_step = None, None
+
+    def read(
+        self, batches: Batches, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
+        """Pixels and labels of a step, and lines about broken images.
+
+        Another step than the next one starts the workers anew, and so does a worker's death.
+        """
+        for is_last_try in (False, True):
+            if step != self.next_step:
+                self.stream = self.next_step = None  # ends the workers that read another step
+                self.stream = _start_workers(batches, step)
+            self.next_step = None  # so that after an error it begins anew
+            try:
+                result = next(self.stream)
+                break
+            except (RuntimeError, OSError, EOFError) as error:
+                # a worker was ended from outside: by a signal to all processes, or out of memory
+                if is_last_try:
+                    raise
+                text = f"a process that reads images has ended ({type(error).__name__})"
+                print(f"{text}; step {step} is read anew", flush=True)
+        if isinstance(result, ValueError):
+            raise result
+        self.next_step = step + 1
+        return result
 
 
 # %% ../../nbs/19_batches.ipynb #ebff7345

@@ -57,6 +57,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, os.DirEntry]]:
                 yield inside + entry.name, entry
 
 
+# %% ../../nbs/15_contents.ipynb #f2a49088
 def _list_images(folder: Path) -> tuple[list[tuple[str, int]], Counter]:
     """The images below a folder, Tiny-ImageNet's text files among them, and what else is there.
 
@@ -74,6 +75,7 @@ def _list_images(folder: Path) -> tuple[list[tuple[str, int]], Counter]:
     return sorted(files), others
 
 
+# %% ../../nbs/15_contents.ipynb #6f55e662
 def count_noun(number: int, noun: str) -> str:
     "'1 image', '1,234 images'."
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
@@ -104,6 +106,7 @@ def _sample_digest(path: Path, blocks: int = 0) -> str:
         return ""
 
 
+# %% ../../nbs/15_contents.ipynb #09bf75fd
 @dataclass(frozen=True)
 class Contents:
     "What a folder holds: its images with their text files, or its databases."
@@ -127,6 +130,7 @@ class Contents:
         return digest(self.files, samples)
 
 
+# %% ../../nbs/15_contents.ipynb #f2458521
 def list_contents(folder: Path) -> Contents:
     """What a folder holds: LSUN's databases, or CIFAR-10's, or images.
 

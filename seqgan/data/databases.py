@@ -76,6 +76,7 @@ def _open_lmdb(path: str):
         return environment
 
 
+# %% ../../nbs/14_databases.ipynb #675d56f0
 def _new_environment(path: str):
     try:
         import lmdb
@@ -96,6 +97,7 @@ def _new_environment(path: str):
     return environment
 
 
+# %% ../../nbs/14_databases.ipynb #cc048ecd
 def _read_lmdb(folder: Path, name: bytes) -> bytes:
     "The value under a key of an LMDB; `name` is the database's, a slash, the key."
     database, key = name.split(b"/", 1)
@@ -126,6 +128,7 @@ def _keys(folder: Path, databases: list[str]) -> Iterator[bytes]:
                 yield os.fsencode(database) + b"/" + key
 
 
+# %% ../../nbs/14_databases.ipynb #3a098274
 def lsun_source(folder: Path, split: str) -> Source:
     """The split "train", "val" or "all" of the LMDBs of a folder, one class per category.
 
@@ -172,6 +175,7 @@ def find_cifar10(folder: Path) -> Path | None:
     return None
 
 
+# %% ../../nbs/14_databases.ipynb #61a07e7c
 class _ArrayReader:
     "Reads images that are held as an array uint8 (N, H, W, 3): number -> the bytes of a PPM file."
 

@@ -24,6 +24,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 2**28 // 3  # 358 MB in Pillow, whose own limit is twice that
 
 
+# %% ../../nbs/17_decoding.ipynb #ffa8de59
 class _IgnorePillowWarnings:
     """Ignores what Pillow warns of, odd metadata and sizes, while this process decodes an image.
 
@@ -52,6 +53,7 @@ class _IgnorePillowWarnings:
 _pillow_warnings_ignored = _IgnorePillowWarnings()
 
 
+# %% ../../nbs/17_decoding.ipynb #06c39cf2
 def _to_rgb(image: Image.Image) -> Image.Image:
     "Upright RGB: 16-bit grey keeps its upper 8 bits, and white shows where it is transparent."
     # Pillow scales a deep PPM to 16 bits, and calls it I
@@ -66,6 +68,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+# %% ../../nbs/17_decoding.ipynb #b36d1812
 def decode_image(
     file: str | Path | bytes, size: int, place: tuple[float, float] = (0.5, 0.5)
 ) -> np.ndarray:

@@ -61,6 +61,7 @@ def is_drawn(data: Data) -> bool:
     return True
 
 
+# %% ../../nbs/16_folders.ipynb #8237ed0a
 def _locate(name: str) -> tuple[Path, str]:
     "The folder called `name`, or that of the archive called so: where it is, what to call it."
     for place in _places(name):
@@ -143,6 +144,7 @@ def _image_source(contents: Contents, split: str, name: str) -> Source:
     )
 
 
+# %% ../../nbs/16_folders.ipynb #999bde1c
 def _summary(contents: Contents, layout: Layout, count: int) -> str:
     "One line: how many of a folder's `count` images are for what, and what is left out."
     folder = printable(contents.folder.name)
@@ -157,6 +159,7 @@ def _summary(contents: Contents, layout: Layout, count: int) -> str:
     return f"{text}; left out: {' and '.join(left_out)}" if left_out else text
 
 
+# %% ../../nbs/16_folders.ipynb #2bd8e888
 def _check_classes(layout: Layout, name: str) -> None:
     "Raises ValueError if a folder for validation has classes that the one for training lacks."
     if not layout.val_folder:
@@ -172,6 +175,7 @@ def _check_classes(layout: Layout, name: str) -> None:
     )
 
 
+# %% ../../nbs/16_folders.ipynb #b789467b
 def open_source(data: Data, split: str) -> Source:
     """The images of a split, "train", "val" or "all", of the folder or archive that `data` names.
 

@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "CENTRE",
+    "Rows",
     "MAX_HELD_BYTES",
     "cpu_cores",
     "LazyImages",
@@ -75,6 +76,7 @@ def _check_memory(size: int, count: int) -> None:
 
 # %% ../../nbs/18_images.ipynb #dd1a5503
 CENTRE = (0.5, 0.5)
+Rows = int | slice | Sequence[int] | torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,10 +103,10 @@ class LazyImages:
     def shape(self) -> torch.Size:
         return torch.Size((len(self), 3, self.size, self.size))
 
-    def __getitem__(self, rows: int | slice | Sequence[int] | torch.Tensor) -> torch.Tensor:
+    def __getitem__(self, rows: Rows) -> torch.Tensor:
         return self.take(rows)
 
-    def take(self, rows, places: torch.Tensor | None = None) -> torch.Tensor:
+    def take(self, rows: Rows, places: torch.Tensor | None = None) -> torch.Tensor:
         """`self[rows]`, of each image the square at its place in `places` (len(rows), 2) in [0, 1].
 
         By default that is the centre. Raises ValueError for a class without a readable image.
@@ -159,7 +161,8 @@ class LazyImages:
         )
 
 
-def subset(images: torch.Tensor | LazyImages, rows) -> torch.Tensor | LazyImages:
+# %% ../../nbs/18_images.ipynb #b39b9141
+def subset(images: torch.Tensor | LazyImages, rows: Rows) -> torch.Tensor | LazyImages:
     "The images of `rows` (a slice, a list or a tensor) as the same type. Nothing is decoded."
     if isinstance(images, LazyImages):
         return replace(images, rows=images.rows[rows])
@@ -256,6 +259,7 @@ def _load(data: Data, split: str, current_folder: str) -> ImageSet:
     )
 
 
+# %% ../../nbs/18_images.ipynb #8044bdb6
 def load(data: Data, split: str) -> ImageSet:
     """The split "train" or "val" of `data`, or "all" images of a folder, ordered by their paths.
 
@@ -267,6 +271,7 @@ def load(data: Data, split: str) -> ImageSet:
     return _load(data, split, _current_folder(data))
 
 
+# %% ../../nbs/18_images.ipynb #1b515630
 def count_images(data: Data) -> dict[str, int]:
     """The number of images for "train" and for "val", without decoding any: broken ones count, too.
 

@@ -96,6 +96,7 @@ def _as_split(name: str) -> _SplitFolder | None:
     return _SplitFolder(name, splits[0], tuple(rest))
 
 
+# %% ../../nbs/13_layouts.ipynb #e30917d4
 def _split_folders(names: Iterable[str]) -> list[_SplitFolder]:
     """Those of the folders called `names`, side by side, that look like splits.
 
@@ -150,6 +151,7 @@ def _splits(paths: list[str], top: str) -> Layout | None:
     )
 
 
+# %% ../../nbs/13_layouts.ipynb #ff76a0e5
 def _check_no_splits_within(parts: list[list[str]]) -> None:
     "Raises ValueError if a folder holds one for training beside one for validation or a test."
     inside = {}
