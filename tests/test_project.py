@@ -251,3 +251,40 @@ def test_digest_covers_what_functions_import(python, tmp_path):
     assert digest() == before
     metrics.write_text(text + "\nADDED = 1\n")
     assert digest() != before
+
+
+ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+def test_another_locale(python, tmp_path):
+    "Where files are ASCII unless one says otherwise: the same digest, and tables can be written."
+    code = "from seqgan.study.provenance import source_digest as d; print(d('study.study'))"
+    assert python(code).stdout == python(code, **ASCII).stdout
+    code = """
+from seqgan.core import home, write_json
+from seqgan.study.report import write_table
+from seqgan.study.tables import example_record
+for seed in (0, 1):
+    record = example_record({"perceptual.alpha": 0.0}, "AR", seed)
+    record["dataset"]["label"] = "V\\u00f6gel, 40 classes"
+    write_json(home() / "reports" / "results" / f"{seed}.json", record)
+write_table("table6")
+"""
+    result = python(code, **ASCII)
+    assert result.returncode == 0, result.stdout
+    text = (tmp_path / "home" / "reports" / "table6.md").read_text(encoding="utf-8")
+    assert "Vögel" in text and "9.5 ± 0.71" in text
+
+
+@pytest.mark.parametrize("folder", ["venv/site-packages", "."], ids=["installed", "copied"])
+def test_revision_inside_another_repository(python, tmp_path, folder):
+    "A record names this project's version, and not a commit of whoever uses it."
+    shutil.copytree(ROOT / "seqgan", tmp_path / "theirs" / folder / "seqgan")
+    theirs = tmp_path / "theirs"
+    author = ["-c", "user.name=they", "-c", "user.email=they@example.org"]
+    for words in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "theirs"]):
+        subprocess.run(["git", *words], cwd=theirs, check=True)
+    code = "from seqgan.study.provenance import revision; import seqgan; print(revision())"
+    result = python(code, cwd=theirs, PYTHONPATH=str(theirs / folder))
+    assert result.stdout.startswith("version "), result.stdout
+    assert re.match(r"[0-9a-f]{12}\+?$|version ", python(code).stdout)

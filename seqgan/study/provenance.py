@@ -16,11 +16,17 @@ from pathlib import Path
 
 import torch
 
+from .. import __version__
 from ..core import digest, precision, project_root
 from ..training.processes import rank_and_world_size
 
 
 # %% ../../nbs/50_provenance.ipynb #26a30377
+def _root() -> Path:
+    "The folder in which this package lies."
+    return Path(__file__).parents[2] if "__file__" in globals() else project_root()
+
+
 def _without_docstrings(source: str) -> ast.Module:
     "A module's syntax tree without docstrings and `__all__`; comments are in no tree."
     tree = ast.parse(source)
@@ -59,7 +65,7 @@ def _imported(tree: ast.Module, module: str) -> set[str]:
 @cache
 def source_digest(module: str = "study.study") -> str:
     "Digest of the code of `seqgan.<module>` and of all modules of this package that it imports."
-    package = Path(__file__).parents[1] if "__file__" in globals() else project_root() / "seqgan"
+    package = _root() / "seqgan"
     todo, meaning = {module}, {}
     while todo:
         name = todo.pop()
@@ -74,8 +80,16 @@ def source_digest(module: str = "study.study") -> str:
 
 # %% ../../nbs/50_provenance.ipynb #cca27272
 def _git(*arguments: str) -> str:
-    command = ["git", *arguments]
-    found = subprocess.run(command, cwd=project_root(), capture_output=True, text=True, check=True)
+    "What git says in that folder, whatever repository the caller works in."
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    found = subprocess.run(
+        ["git", *arguments],
+        cwd=_root(),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return found.stdout.strip()
 
 
@@ -83,12 +97,17 @@ def _git(*arguments: str) -> str:
 def revision() -> str:
     """The commit of this project's checkout, with '+' if source files were changed since.
 
-    Where there is no checkout, the version of the package."""
+    The version of the package where there is no checkout, also inside another repository."""
+    version = f"version {__version__}"
+    if not (_root() / "nbs" / "50_provenance.ipynb").exists():
+        return version
     try:
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() != _root().resolve():
+            return version
         commit = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", "nbs", "seqgan")
     except (OSError, subprocess.CalledProcessError):
-        return f"version {importlib.metadata.version('seqgan')}"
+        return version
     return commit + ("+" if changed else "")
 
 
