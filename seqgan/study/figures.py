@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..config import Experiment
-from ..core import check, device, home, to_float
+from ..core import check, home, to_float
 from ..evaluation.inspection import inspect_predictions
 from ..plot import DPI, save_figure, show_rows
 from .paper import BEST_RFID_ALPHA, TABLES
@@ -217,9 +217,7 @@ def table_figure(records: Iterable[dict], name: str) -> Figure:
 def figure5(studies: dict[str, dict[str, Study]]) -> Figure:
     """Figure 5, of studies by row and transformer: validation images, each row's reconstruction,
     and the AR transformer's most likely codes given the true ones before each, decoded."""
-    first = next(iter(studies.values()))["AR"]
-    images = to_float(first.val.images[:10]).to(device())
-    labels = first.val.labels[:10].to(device())
+    images, labels = next(iter(studies.values()))["AR"].examples(10)
     shown = {"input": images}
     for name, row in studies.items():
         seen = inspect_predictions(row["AR"].tokenizer, row["AR"].transformer, images, labels)
@@ -230,8 +228,7 @@ def figure5(studies: dict[str, dict[str, Study]]) -> Figure:
 
 def reconstruction_rows(studies: dict[str, dict[str, Study]]) -> Figure:
     "Of studies by row and transformer: validation images, and each row's reconstructions."
-    first = next(iter(studies.values()))["AR"]
-    images = to_float(first.val.images[:10]).to(device())
+    images, _ = next(iter(studies.values()))["AR"].examples(10)
     rows = {name: row["AR"].tokenizer.reconstruct(images) for name, row in studies.items()}
     return show_rows({"input": images} | rows)
 

@@ -11,6 +11,9 @@ __all__ = [
     "Stage",
     "plan",
     "resolve_config",
+    "check_enough_images",
+    "check_experiment",
+    "from_parameters",
 ]
 
 # %% ../../nbs/52_graph.ipynb #9cccbce0
@@ -20,8 +23,12 @@ from pathlib import Path
 
 from ..config import Experiment, MaskedSampler, Sampler
 from ..core import check, digest, file_digest
+from ..data.batches import check_batch
 from ..data.folders import resolve_data
+from ..data.images import count_images
+from ..presets import preset
 from .runs import Run
+from ..training.processes import check_batch_divides
 
 
 # %% ../../nbs/52_graph.ipynb #6d76ff99
@@ -169,3 +176,37 @@ def resolve_config(config: Experiment) -> Experiment:
     if not config.data.fingerprint:
         config = replace(config, data=resolve_data(config.data))
     return _with_start_weights(config)
+
+
+# %% ../../nbs/52_graph.ipynb #e564aa44
+def check_enough_images(images: int, split: str, name: str) -> None:
+    "Raise ValueError unless the `images` of a split of dataset `name` can be measured."
+    must = f"{name} must have at least 2 images for {split}, to be measured"
+    check(images >= 2, must, images)
+
+
+def check_experiment(config: Experiment) -> None:
+    """Raise ValueError, which names the setting, for an experiment that its images or the number
+    of processes make impossible. No image is decoded."""
+    batches = ["tokenizer_training", "second_phase"][: config.phase]
+    check_batch_divides(config, *batches, "transformer_training")
+    images = count_images(config.data)
+    for training in batches:
+        check_batch(getattr(config, training).batch, images["train"], f"{training}.batch")
+    for split, words in (("train", "training"), ("val", "validation")):
+        check_enough_images(images[split], words, config.data.name)
+
+
+def from_parameters(
+    preset_name: str, data: str, seed: int, changes: dict | None = None
+) -> Experiment:
+    """The experiment that the parameters of a notebook ask for, as papermill passes them.
+
+    Raises ValueError, which names the parameter, for one of another type or range."""
+    check(
+        isinstance(data, str),
+        "data must be 'shapes' or the path of a folder of images",
+        data,
+        "papermill's -p makes numbers of digits; -r data 00000 names the folder 00000.",
+    )
+    return preset(preset_name, {"data.name": data, "seed": seed} | (changes or {}))

@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..config import Data, Experiment
-from ..core import check, device, print_main, to_uint8, write_text
+from ..core import check, device, print_main, to_float, to_uint8, write_text
 from ..data.images import ImageSet, load
 from ..models.features import VGG, Evaluator, imagenet_vgg
 from ..models.perceptual import PerceptualLoss
@@ -40,6 +40,8 @@ from ..models.pretrained import model_card
 from ..models.tokenizer import Tokenizer
 from ..models.transformer import Transformer, to_inference_dtype
 from seqgan.study.graph import (
+    check_enough_images,
+    check_experiment,
     plan,
     resolve_config,
     sampler_of,
@@ -51,7 +53,7 @@ from .runs import compute_run, metrics_of
 from .samples import draw_samples
 from ..training.codes import extract_codes, read_codes
 from ..training.features import train_classifier
-from ..training.processes import check_batch_divides, on_main
+from ..training.processes import on_main
 from ..training.tokenizer import train_decoder, train_tokenizer
 from ..training.transformer import train_transformer
 
@@ -69,13 +71,9 @@ class Study:
     "The runs of one experiment. In several processes, all of them ask for the same."
 
     def __init__(self, config: Experiment):
-        """Raises ValueError for data that are not there, and for batches that cannot be shared
-        among the processes, before anything is computed."""
+        "Raises ValueError for data that are not there, and as `check_experiment`."
         self.config = resolve_config(config)
-        trainings = ["tokenizer_training", "transformer_training"]
-        if self.config.phase == 2:
-            trainings.append("second_phase")
-        check_batch_divides(self.config, *trainings)
+        check_experiment(self.config)
         self.plan = plan(self.config)
         self._folders: dict[str, Path] = {}
 
@@ -87,22 +85,36 @@ class Study:
         check(kind in self.plan, f"a run of this experiment must be one of {kinds}", kind)
         if kind not in self._folders:
             run = self.plan[kind]
+            if not run.is_finished:
+                self._find_public_weights()
             for need in run.needs:
                 self.run(need)
             self._folders[kind] = compute_run(run, lambda folder: COMPUTE[kind](self, folder))
         return self._folders[kind]
 
+    def _find_public_weights(self) -> None:
+        "Find or fetch them before anything is trained: the end of a long run is a bad moment."
+        if self.config.vgg.weights == "imagenet":
+            self.vgg  # noqa: B018
+        if self.config.evaluator.weights == "inception":
+            self.evaluator  # noqa: B018
+
     def metrics(self, kind: str) -> dict:
         "What a run measured; empty for a network that is not trained here."
         return metrics_of(self.run(kind)) if kind in self.plan else {}
 
+    def _load(self, split: str, words: str) -> ImageSet:
+        images = load(self.config.data, split)
+        check_enough_images(len(images), words, self.config.data.name)  # those that could be read
+        return images
+
     @property
     def train(self) -> ImageSet:
-        return load(self.config.data, "train")
+        return self._load("train", "training")
 
     @property
     def val(self) -> ImageSet:
-        return load(self.config.data, "val")
+        return self._load("val", "validation")
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -137,7 +149,7 @@ class Study:
         if settings.weights == "inception":
             from seqgan.evaluation.metrics import inception_weights
 
-            inception_weights()  # found or fetched now: the end of a long run is a bad moment
+            inception_weights()
             return "inception"
         return _load_network(Evaluator(settings, len(self.classes)), self.run("evaluator"))
 
@@ -152,6 +164,14 @@ class Study:
         "The trained transformer, in evaluation mode."
         folder = self.run(transformer_kind(self.config))
         return Transformer.from_pretrained(folder / "model").to(device())
+
+    def examples(self, n: int = 10, skip: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """n validation images in [-1, 1] and their labels, on the device, to be looked at.
+
+        The first ones after `skip`; the last n where there are fewer."""
+        start = max(0, min(skip, len(self.val) - n))
+        rows = slice(start, start + n)
+        return to_float(self.val.images[rows]).to(device()), self.val.labels[rows].to(device())
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         "Images uint8 (N, 3, H, W) of code sequences (N, n)."
@@ -266,7 +286,6 @@ def train_phase_one(study: Study, folder: Path) -> dict:
     "Phase one, and what its tokenizer does to the validation images."
     config = study.config
     start = study.run("branch-point") / "end" if config.perceptual.warmup else None
-    study.evaluator  # noqa: B018  found or trained before the tokenizer
     metrics = train_tokenizer(config, study.train, study.vgg, folder, study.val, start=start)
     metrics |= on_main(lambda: _measured(study, folder))
     on_main(lambda: write_card(study, folder, "tokenizer", metrics))
