@@ -7,17 +7,17 @@ __all__ = ["parse_settings", "check_until", "train", "make_parser", "config_from
 
 # %% ../nbs/5b_command.ipynb #c773e279
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
 from .config import Experiment
 from .core import check, explain_full_disk, home, is_main_process, print_main
 from .presets import PRESETS, preset
-from .study.graph import plan, resolve_config
+from .settings import parse_value
+from .study.graph import check_experiment, plan, resolve_config
 from .study.paper import TABLES, transformer_columns
 from .study.records import record_study
-from .study.reproduce import StudyRow, listing, reproduce, whole_study
+from .study.reproduce import StudyRow, check_minutes, listing, reproduce, whole_study
 from .study.runs import RunIsBusy
 from .study.study import Study
 from seqgan.training.processes import (
@@ -32,17 +32,16 @@ from seqgan.training.processes import (
 
 # %% ../nbs/5b_command.ipynb #0ca94c7d
 def parse_settings(pairs: Sequence[str]) -> dict[str, object]:
-    """`--set` on the command line: ['a.b=0.4', ...] -> {'a.b': 0.4}. A value is JSON, or a text.
+    """`--set` on the command line: ['perceptual.alpha=.4', ...] -> {'perceptual.alpha': 0.4}.
 
-    Raises ValueError for a pair without '='."""
+    A value is spelled as in Python or JSON. Raises ValueError for a pair without '=', a setting
+    that does not exist or is given twice, and a value of another type."""
     found = {}
     for pair in pairs:
         name, sign, value = pair.partition("=")
         check(sign, "--set must be followed by NAME=VALUE, as perceptual.alpha=0.4", pair)
-        try:
-            found[name] = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
-            found[name] = value
+        check(name not in found, "a setting must be given once", name)
+        found[name] = parse_value(Experiment, name, value)
     return found
 
 
@@ -95,15 +94,18 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     help_ = "stop after this run of the chain"
     parser.add_argument("--until", default="", metavar="RUN", help=help_)
     help_ = "settings that replace the preset's, as perceptual.alpha=0.4"
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=help_)
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=help_
+    )
 
 
 def _add_reproduce(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("reproduce", help="the whole study, or what is missing of it")
     _add_common(parser)
     parser.add_argument("--seeds", type=int, default=1, help="how many: 0, 1, ...")
+    tables = list(TABLES)
     parser.add_argument(
-        "--tables", nargs="+", default=list(TABLES), choices=list(TABLES), help="only these"
+        "--tables", nargs="+", action="extend", choices=tables, help="only these; else all"
     )
     help_ = "stop cleanly after so long; the same command resumes"
     parser.add_argument("--minutes", type=float, help=help_)
@@ -127,6 +129,7 @@ def config_from(arguments: argparse.Namespace) -> Experiment:
     changes |= parse_settings(arguments.set)
     columns = transformer_columns(preset(arguments.preset, changes))
     config = resolve_config(preset(arguments.preset, columns[arguments.transformer] | changes))
+    check_experiment(config)
     check_until(config, arguments.until)
     return config
 
@@ -153,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "train":
             asked = config_from(arguments)
         else:
+            check_minutes(arguments.minutes)
             asked = whole_study(arguments.preset, arguments.data, arguments.seeds, arguments.tables)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))

@@ -1,109 +1,180 @@
 """The commands of the README as a user types them, at preset `smoke`."""
 
 import json
+import re
+import shutil
 import sys
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 PAPERMILL = (sys.executable, "-m", "papermill")
+SEQGAN = (sys.executable, "-m", "seqgan")
 
 
 def written(home):
-    return (
-        sorted(p.relative_to(home).as_posix() for p in (home / "reports").rglob("*") if p.is_file())
-        if (home / "reports").exists()
-        else []
-    )
+    "The files below reports/, by name."
+    files = [file for file in (home / "reports").rglob("*") if file.is_file()]
+    return sorted(file.relative_to(home).as_posix() for file in files)
 
 
-@pytest.mark.parametrize(
-    "cwd, notebook",
-    [(ROOT, "nbs/ablation_alpha.ipynb"), (ROOT / "nbs", "ablation_alpha.ipynb")],
-    ids=["root", "nbs"],
-)
-def test_papermill(child, tmp_path, cwd, notebook):
-    command = (
-        *PAPERMILL,
-        notebook,
-        str(tmp_path / "out.ipynb"),
-        "-p",
-        "preset",
-        "smoke",
-        "-p",
-        "alpha",
-        "1",
-    )
-    result = child(*command, cwd=cwd)
+def times(home):
+    "When the weights of all runs were written."
+    return {file: file.stat().st_mtime_ns for file in (home / "runs").rglob("*.safetensors")}
+
+
+@pytest.fixture
+def pets(tmp_path):
+    "A folder of two classes, 60 images each: six of them are for validation."
+    for i in range(120):
+        folder = tmp_path / "pets" / ("cat" if i % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        colour = (2 * i, 255 * (i % 2), 255 - 2 * i)
+        Image.new("RGB", (24, 20), colour).save(folder / f"{i}.png")
+    return tmp_path / "pets"
+
+
+# The first command of the README
+
+
+def check_record(record, dataset):
+    names = ("preset", "alpha", "seed", "phase")
+    assert [record[name] for name in names] == ["smoke", 1.0, 0, 1]
+    assert record["dataset"]["name"] == dataset
+    places = [(c["table"], c["row"]) for c in record["cells"]]
+    assert places == [("figure6", "alpha 1"), ("table6", "sem"), ("figure8", "phase 1")]
+    assert {c["column"] for c in record["cells"]} == {record["transformer"].upper()}
+    expected = {"rFID-local", "PSNR", "usage", "perplexity", "low", "sem", "class_accuracy"}
+    assert expected <= set(record["metrics"]["tokenizer"])
+    names = {name for metrics in record["metrics"].values() for name in metrics}
+    assert not names & {"FID", "rFID", "IS"}  # those names belong to Inception
+
+
+def test_papermill(child, tmp_path):
+    "In the project's folder, on drawn images; a second time everything is found."
+    command = (*PAPERMILL, "nbs/ablation_alpha.ipynb", str(tmp_path / "out.ipynb"))
+    command += ("-p", "preset", "smoke", "-p", "alpha", "1")
+    home = tmp_path / "home"
+    result = child(*command, cwd=ROOT)
     assert result.returncode == 0, result.stdout[-3000:]
-    files = written(tmp_path / "home")
-    records = [f for f in files if f.startswith("reports/results/")]
-    assert {
-        "reports/figure6.png",
-        "reports/figure6.csv",
-        "reports/figure6.md",
-        "reports/figure10.png",
-    } <= set(files)
-    records = [json.loads((tmp_path / "home" / record).read_text()) for record in records]
-    assert sorted(r["transformer"] for r in records) == ["ar", "nar"]
+    files = written(home)
+    figures = {"figure6.png", "figure6.csv", "figure6.md", "figure10.png"}
+    assert {f"reports/{name}" for name in figures} <= set(files)
+    records = [file for file in files if file.startswith("reports/results/")]
+    assert records == [
+        f"reports/results/shapes/smoke/figure6-alpha-1-{t}-seed-0.json" for t in ("AR", "NAR")
+    ]
     for record in records:
-        assert (
-            record["preset"],
-            record["alpha"],
-            record["seed"],
-            record["data"],
-            record["phase"],
-        ) == ("smoke", 1.0, 0, "shapes", 1)
-        assert {"rFID-local", "PSNR", "usage", "perplexity", "low", "sem", "class_accuracy"} <= set(
-            record["metrics"]["tokenizer"]
-        )
-        assert not [
-            k for m in record["metrics"].values() for k in m if k in ("FID", "rFID", "IS")
-        ]  # those names belong to Inception
+        check_record(json.loads((home / record).read_text()), "shapes")
+    before = times(home)
+    assert child(*command, cwd=ROOT).returncode == 0
+    assert times(home) == before
 
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "home" / "runs").rglob("*.safetensors")}
-    assert child(*command, cwd=cwd).returncode == 0
-    assert {
-        p: p.stat().st_mtime_ns for p in (tmp_path / "home" / "runs").rglob("*.safetensors")
-    } == before  # all of it reused
+
+def test_papermill_on_a_folder(child, tmp_path, pets):
+    "In nbs/, on few images in a folder, of which six are for validation."
+    command = (*PAPERMILL, "ablation_alpha.ipynb", str(tmp_path / "out.ipynb"))
+    command += ("-p", "preset", "smoke", "-p", "alpha", "1", "-p", "data", str(pets))
+    result = child(*command, cwd=ROOT / "nbs")
+    assert result.returncode == 0, result.stdout[-3000:]
+    home = tmp_path / "home"
+    records = [file for file in written(home) if file.startswith("reports/results/")]
+    assert len(records) == 2
+    record = json.loads((home / records[0]).read_text())
+    check_record(record, "pets")
+    assert record["dataset"]["label"] == "pets, 2 classes"
+    assert (record["dataset"]["training"], record["dataset"]["validation"]) == (114, 6)
 
 
 @pytest.mark.parametrize(
-    "name, value, allowed",
-    [("alpha", "1.5", "[0, 1]"), ("preset", "huge", "smoke"), ("data", "no/such/folder", "shapes")],
+    "name, value, words",
+    [
+        ("alpha", "1.5", "alpha must lie in [0, 1], got 1.5"),
+        ("alpha", "abc", "alpha must be a finite number, got 'abc'"),
+        ("preset", "huge", "one of paper, small, tiny, smoke"),
+        ("data", "no/such/folder", "no/such/folder"),
+        ("data", "00000", "-r data 00000 names the folder"),
+        ("seed", "1.7", "seed must be an integer, got 1.7"),
+        ("seed", "-1", "seed must be at least 0, got -1"),
+    ],
 )
-def test_impossible_parameters(child, tmp_path, name, value, allowed):
+def test_impossible_parameters(child, tmp_path, name, value, words):
+    "One sentence with the parameter's name, in the first cell that uses them; nothing is written."
     out = tmp_path / "out.ipynb"
     result = child(*PAPERMILL, "nbs/ablation_alpha.ipynb", str(out), "-p", name, value)
     assert result.returncode == 1
     last = result.stdout.strip().splitlines()[-1]
-    assert name in last and value in last and allowed in last, last
-    ran = [
-        c
-        for c in json.loads(out.read_text())["cells"]
-        if c["cell_type"] == "code" and c.get("execution_count")
-    ]
-    assert len(ran) <= 3  # the defaults, the injected parameters, and the first cell that uses them
+    assert name in last and words in last, last
+    cells = json.loads(out.read_text())["cells"]
+    # the defaults, the injected parameters, and the first cell that uses them
+    assert sum(bool(cell.get("execution_count")) for cell in cells) <= 4
     assert written(tmp_path / "home") == []
 
 
-def test_a_warm_up_shorter_than_a_tick(child, tmp_path):
-    result = child(
-        sys.executable,
-        "-m",
-        "seqgan",
-        "train",
-        "--preset",
-        "smoke",
-        "--until",
-        "tokenizer",
-        "--set",
-        "tokenizer_training.steps=200",
-        "perceptual.warmup=2",
-    )
+# seqgan train
+
+
+def folders(output):
+    "The folders of runs that a dry run lists."
+    return re.findall(r"^(?:done|to do) +(\S+)$", output, re.M)
+
+
+def dry_run(child, *words):
+    result = child(*SEQGAN, "train", "--preset", "smoke", "--dry-run", *words)
+    assert result.returncode == 0, result.stdout
+    return folders(result.stdout)
+
+
+def test_settings_may_be_set_one_by_one(child):
+    together = dry_run(child, "--set", "perceptual.alpha=0", "quantizer.codes=16")
+    apart = dry_run(child, "--set", "perceptual.alpha=.0", "--set", "quantizer.codes=16")
+    last = dry_run(child, "--set", "quantizer.codes=16")
+    assert together == apart
+    assert together[-1] != last[-1]
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--set", "data.val=1"], "must have at least 2 images for validation"),
+        (["--set", "data.train=15"], "tokenizer_training.batch must lie between 1 and"),
+        (["--set", "memory.gradient_accumulation=3"], "memory.gradient_accumulation must divide"),
+        (["--set", "seed=1", "seed=2"], "a setting must be given once, got 'seed'"),
+        (["--set", "quantizer.codes=many"], "quantizer.codes must be an integer, got 'many'"),
+        (["--set", "quantizer.codez=8"], "codez"),
+        (["--until", "decoder"], "--until must be one of vgg, evaluator, branch-point"),
+    ],
+)
+def test_what_cannot_work_is_said_first(child, tmp_path, words, sentence):
+    result = child(*SEQGAN, "train", "--preset", "smoke", *words)
+    assert result.returncode == 2
+    last = result.stdout.strip().splitlines()[-1]
+    assert last.startswith("seqgan: error: ") and sentence in last, last
+    assert not (tmp_path / "home").exists()
+
+
+def test_images_may_move(child, tmp_path, pets):
+    "The same files under another path are the same dataset."
+
+    def train(data, cwd=ROOT):
+        command = (*SEQGAN, "train", "--preset", "smoke", "--until", "vgg", "--data", str(data))
+        result = child(*command, cwd=cwd)
+        assert result.returncode == 0, result.stdout[-3000:]
+        return result.stdout
+
+    assert ": started" in train(pets)
+    assert ": started" not in train("pets", cwd=tmp_path)
+    shutil.move(pets, tmp_path / "scratch")
+    assert ": started" not in train(tmp_path / "scratch")
+
+
+def test_a_branch_point_before_the_first_line_of_the_log(child, tmp_path):
+    settings = ("tokenizer_training.steps=200", "perceptual.warmup=2")
+    command = (*SEQGAN, "train", "--preset", "smoke", "--until", "tokenizer", "--set", *settings)
+    result = child(*command)
     assert result.returncode == 0, result.stdout[-3000:]
-    (warmup,), (tokenizer,) = (
-        (tmp_path / "home" / "runs").glob(f"{kind}-*") for kind in ("warmup", "tokenizer")
-    )
-    assert json.loads((warmup / "metrics.json").read_text())["metrics"] == {"skipped": 0}
+    runs = tmp_path / "home" / "runs"
+    (branch,), (tokenizer,) = (runs.glob(f"{kind}-*") for kind in ("branch-point", "tokenizer"))
+    assert json.loads((branch / "metrics.json").read_text())["metrics"] == {"skipped": 0}
     assert json.loads((tokenizer / "log.jsonl").read_text().splitlines()[-1])["step"] == 200

@@ -1,6 +1,7 @@
-"""The `seqgan` command and the notebooks of the tables, at preset `smoke`."""
+"""The study: `seqgan reproduce` and the notebooks of the tables, at preset `smoke`."""
 
 import json
+import re
 import signal
 import sys
 import time
@@ -8,29 +9,38 @@ import time
 import pytest
 from conftest import ROOT
 
-SEQGAN = (
-    sys.executable,
-    "-c",
-    "import sys; from seqgan.__main__ import main; sys.exit(main())",
-    "reproduce",
-    "--preset",
-    "smoke",
-)
+SEQGAN = (sys.executable, "-m", "seqgan", "reproduce", "--preset", "smoke")
+
+
+def rows(output):
+    "The lines that list a row of a table."
+    return [line for line in output.splitlines() if "papermill nbs/" in line]
 
 
 def test_dry_run(child, tmp_path):
     "Every row with its papermill command; nothing is computed or written."
     result = child(*SEQGAN, "--dry-run")
     assert result.returncode == 0, result.stdout
-    rows = [line for line in result.stdout.splitlines() if "papermill nbs/" in line]
-    assert len(rows) == 6 + 3 + 4 + 7 + 6 and "To do:" in result.stdout
-    assert (
-        not (tmp_path / "home" / "runs").exists() and not (tmp_path / "home" / "reports").exists()
-    )
+    assert len(rows(result.stdout)) == 6 + 3 + 4 + 7 + 6 and "To do:" in result.stdout
+    assert not (tmp_path / "home").exists()
 
 
-def test_stops_and_goes_on(child, tmp_path):
-    "SIGTERM in the middle ends with status 0 and loses nothing; the same command finishes; a third time there is nothing to do."
+def test_tables_may_be_named_one_by_one(child):
+    for words in (["--tables", "table1", "table5"], ["--tables", "table5", "--tables", "table1"]):
+        result = child(*SEQGAN, "--dry-run", *words)
+        assert {line.split()[0] for line in rows(result.stdout)} == {"table1", "table5"}
+        assert len(rows(result.stdout)) == 3 + 4
+
+
+def test_no_time_at_all(child, tmp_path):
+    result = child(*SEQGAN, "--minutes", "0")
+    assert result.returncode == 0 and ": started" not in result.stdout, result.stdout[-3000:]
+    assert not (tmp_path / "home" / "runs").exists()
+
+
+def test_stops_and_resumes(child, tmp_path):
+    """SIGTERM in the middle ends with status 0 and loses nothing; the same command finishes; a
+    third time there is nothing to do."""
     command, home = (*SEQGAN, "--tables", "figure8"), tmp_path / "home"
     process = child(*command, start=True)
     for _ in range(1800):
@@ -46,37 +56,48 @@ def test_stops_and_goes_on(child, tmp_path):
 
     result = child(*command)
     assert result.returncode == 0, result.stdout[-3000:]
-    assert {
-        p: p.stat().st_mtime_ns for p in kept
-    } == kept  # what was finished was not computed again
-    records = [json.loads(p.read_text()) for p in (home / "reports" / "results").rglob("*.json")]
-    assert (
-        len(records) == 12
-        and {r["phase"] for r in records} == {1, 2}
-        and {r["transformer"] for r in records} == {"ar", "nar"}
-    )
-    assert {"figure8.csv", "figure8.md", "figure8.png"} <= {
-        p.name for p in (home / "reports").iterdir()
-    }
-
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept  # nothing was computed again
+    check_records(home)
     again = child(*command)
-    assert (
-        again.returncode == 0
-        and "To do: 0 runs" in again.stdout
-        and ": started" not in again.stdout
-    )
+    assert again.returncode == 0 and ": started" not in again.stdout
+    assert "To do: 0 runs" in again.stdout
+
+
+def check_records(home):
+    "One record for each row and transformer of Figure 8, and the table that they make."
+    files = sorted((home / "reports" / "results").rglob("*.json"))
+    records = {file.stem: json.loads(file.read_text()) for file in files}
+    assert len(records) == 12
+    assert {(r["phase"], r["transformer"]) for r in records.values()} == {
+        (phase, transformer) for phase in (1, 2) for transformer in ("ar", "nar")
+    }
+    record = records["figure8-phase-2-alpha-kept-NAR-seed-0"]
+    (cell,) = record["cells"]
+    assert cell["changes"].items() >= {"phase": 2, "second_phase.alpha": 1.0}.items()
+    names = {file.name for file in (home / "reports").iterdir()}
+    assert {"figure8.csv", "figure8.md", "figure8.png", "figure9.png"} <= names
+    lines = (home / "reports" / "figure8.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines if re.match(r"\| phase 2", line)] == [
+        "| phase 2",
+        "| phase 2, alpha kept",
+        "| phase 2, no attention",
+        "| phase 2, alpha 0",
+    ] * 2
 
 
 def test_phases_share_their_codes(python):
-    "Two phases of one study: the same encoder, codebook and drawn codes, to the last bit; another decoder."
+    """Two phases of one experiment: the same encoder, codebook and samples, to the last bit;
+    another decoder."""
     code = """
-from safetensors.torch import load_file
+from seqgan.models.features import weights_digest
 from seqgan.presets import preset
 from seqgan.study.study import Study
-from seqgan.models.features import weights_digest
+
 one, two = (Study(preset("smoke", {"phase": phase})) for phase in (1, 2))
-assert one.codes_run == two.codes_run and one.generation_run != two.generation_run
-for part in ("encoder", "quantizer"): assert weights_digest(getattr(one.tokenizer, part)) == weights_digest(getattr(two.tokenizer, part))
+assert one.run("samples") == two.run("samples") and one.run("generation") != two.run("generation")
+for part in ("encoder", "quantizer"):
+    first, second = (weights_digest(getattr(s.tokenizer, part)) for s in (one, two))
+    assert first == second
 assert weights_digest(one.tokenizer.decoder) != weights_digest(two.tokenizer.decoder)
 assert not (one.samples(8) == two.samples(8)).all()
 """
@@ -93,23 +114,12 @@ assert not (one.samples(8) == two.samples(8)).all()
         ("ablation_second_phase", "phase"),
     ],
 )
-def test_unknown_variants(child, tmp_path, notebook, parameter):
+def test_unknown_rows(child, tmp_path, notebook, parameter):
     "A row that does not exist stops at the first cell with a sentence; nothing is written."
-    result = child(
-        sys.executable,
-        "-m",
-        "papermill",
-        f"nbs/{notebook}.ipynb",
-        str(tmp_path / "out.ipynb"),
-        "-p",
-        parameter,
-        "none-such",
-        "-p",
-        "preset",
-        "smoke",
-        cwd=ROOT,
-    )
+    command = (sys.executable, "-m", "papermill", f"nbs/{notebook}.ipynb")
+    command += (str(tmp_path / "out.ipynb"), "-p", parameter, "none-such", "-p", "preset", "smoke")
+    result = child(*command, cwd=ROOT)
     assert result.returncode == 1
     last = result.stdout.strip().splitlines()[-1]
-    assert parameter in last and "none-such" in last and "empty for all, or one of" in last, last
+    assert f"{parameter} must be empty for all, or one of" in last and "none-such" in last, last
     assert not (tmp_path / "home" / "reports").exists()

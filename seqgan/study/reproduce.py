@@ -13,6 +13,7 @@ __all__ = [
     "missing_runs",
     "listing",
     "draw_picture",
+    "check_minutes",
     "reproduce",
 ]
 
@@ -20,7 +21,7 @@ __all__ = [
 import shlex
 import statistics
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from ..data.folders import resolve_data
 from ..plot import save_figure
 from ..presets import preset
 from .figures import figure5, figure9
-from .graph import plan
+from .graph import check_experiment, from_parameters, plan
 from .paper import TABLES, transformer_columns
 from .records import is_recorded, record_study, records
 from .report import write_table
@@ -88,7 +89,7 @@ def studies_of(
     """The studies of a row of a table, or of all if `row` is empty, by row and transformer.
 
     Nothing is computed. Raises ValueError for what does not exist."""
-    found = resolve_data(preset(preset_name, {"data.name": data}).data)
+    found = resolve_data(from_parameters(preset_name, data, seed).data)
     return {
         row.name: {column: Study(config) for column, config in row.experiments.items()}
         for row in table_rows(table, preset_name, found, seed, row)
@@ -96,18 +97,24 @@ def studies_of(
 
 
 def whole_study(
-    preset_name: str, data: str = "shapes", seeds: int = 1, tables: Sequence[str] = tuple(TABLES)
+    preset_name: str, data: str = "shapes", seeds: int = 1, tables: Iterable[str] = tuple(TABLES)
 ) -> list[StudyRow]:
-    "All rows of these tables, seed by seed."
+    """All rows of these tables, seed by seed.
+
+    Raises ValueError, before anything is computed, if the images make one of them impossible."""
     check(seeds >= 1, "the number of seeds must be at least 1", seeds)
-    found = resolve_data(preset(preset_name, {"data.name": data}).data)
-    return [
+    found = resolve_data(from_parameters(preset_name, data, seed=0).data)
+    rows = [
         row
         for seed in range(seeds)
         for table in TABLES
         if table in tables
         for row in table_rows(table, preset_name, found, seed)
     ]
+    by_phase = {c.phase: c for row in rows for c in row.experiments.values()}
+    for config in by_phase.values():  # of one phase all have the same batches
+        check_experiment(config)
+    return rows
 
 
 # %% ../../nbs/5a_reproduce.ipynb #9fe1cb70
@@ -202,10 +209,18 @@ def _compute_row(row: StudyRow, rows: list[StudyRow]) -> None:
     print_main(f"{row.table}, {row.name}, seed {row.seed}: done")
 
 
+def check_minutes(minutes: float | None) -> None:
+    "Raise ValueError for a time that is negative or not a number."
+    check(minutes is None or minutes >= 0, "minutes must be at least 0", minutes)
+
+
 def reproduce(rows: list[StudyRow], minutes: float | None = None) -> bool:
     """Compute the rows in order, and stop cleanly after `minutes`. Returns whether all is done.
 
     A stopped row resumes where it stopped when the same is run again."""
+    check_minutes(minutes)
+    if minutes == 0:
+        STOP.set()
     timer = threading.Timer(minutes * 60, STOP.set) if minutes else None
     if timer:
         timer.daemon = True
