@@ -31,7 +31,7 @@ import pandas as pd
 from ..config import Experiment
 from ..core import check
 from ..models.perceptual import LOW
-from ..presets import _OTHER_TRANSFORMERS, PRESETS, preset
+from ..presets import OTHER_TRANSFORMERS, PRESETS, preset
 
 # %% ../../nbs/55_paper.ipynb #6ccb0548
 Changes = dict[str, Any]  # settings by dotted name, as in `seqgan.config.update`
@@ -42,7 +42,7 @@ def transformer_columns(base: Experiment) -> dict[str, Changes]:
 
     AR-L and NAR-L are 4/3 as wide (768 -> 1024), `2x` is twice as long; NAR is that of Table 10."""
     settings, steps = base.transformer, base.transformer_training.steps
-    table8, table10 = (_OTHER_TRANSFORMERS[f"paper: Table {n}, NAR"] for n in (8, 10))
+    table8, table10 = (OTHER_TRANSFORMERS[f"paper: Table {n}, NAR"] for n in (8, 10))
     masked = table8 | table10
     start = masked["transformer_training.decay_start"]
     masked["transformer_training.decay_start"] = min(steps // 10, start)
