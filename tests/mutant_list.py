@@ -63,7 +63,7 @@ MUTANTS = [
         "accumulation-soft-of-part",
         "the entropy is that of a micro-batch, not of the batch",
         "training.tokenizer_step",
-        "reconstruct(loop, part.images, lambda _: soft)",
+        "reconstruct(loop, part.images, lambda _: assignment)",
         "reconstruct(loop, part.images, lambda own: own)",
         ("tests/test_recipes.py::test_terms[tokenizer-in-parts]",),
     ),

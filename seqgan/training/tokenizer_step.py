@@ -18,14 +18,13 @@ __all__ = [
 ]
 
 # %% ../../nbs/36_tokenizer_step.ipynb #dfa03a8d
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..config import Adversarial, Experiment
+from ..config import Adversarial, Experiment, Quantizer
 from seqgan.models.discriminator import (
     adversarial_scale,
     discriminator_loss,
@@ -33,7 +32,7 @@ from seqgan.models.discriminator import (
     r1_penalty,
 )
 from ..models.perceptual import PerceptualLoss
-from ..models.quantizer import count_codes, entropy, usage
+from ..models.quantizer import QuantizerLosses, Reduction, count_codes, entropy, usage
 from .loop import Loop
 from .processes import all_reduce
 from .schedules import linear_ramp
@@ -44,14 +43,14 @@ from .schedules import linear_ramp
 class Reconstruction:
     """A micro-batch after its pass through the tokenizer.
 
-    `images`, `output` (B, 3, H, W); `codes` (B, h, w); `losses` of the quantizer by name, with
-    `soft`, the mean assignment (K,) of this micro-batch.
+    `images`, `output` (B, 3, H, W); `codes` (B, h, w); `losses` of the quantizer by name, among
+    them `mean_assignment` (K,), the soft usage of this micro-batch.
     """
 
     images: Tensor
     output: Tensor
     codes: Tensor
-    losses: dict[str, Tensor]
+    losses: QuantizerLosses
 
     @property
     def fake(self) -> Tensor:
@@ -59,10 +58,10 @@ class Reconstruction:
         return self.output.detach()
 
 
-def reconstruct(loop: Loop, images: Tensor, whole: Callable[[Tensor], Tensor]) -> Reconstruction:
-    "Pass images through the tokenizer; `whole` as in `seqgan.models.quantizer.Quantizer`."
+def reconstruct(loop: Loop, images: Tensor, reduce_mean_assignment: Reduction) -> Reconstruction:
+    "Pass images through the tokenizer. `reduce_mean_assignment` as `Quantizer.forward` has it."
     with loop.autocast():
-        output, codes, losses = loop.models["tokenizer"](images, whole)
+        output, codes, losses = loop.models["tokenizer"](images, reduce_mean_assignment)
     return Reconstruction(images, output, codes, losses)
 
 
@@ -146,14 +145,17 @@ def combine_gradients(
 
 # %% ../../nbs/36_tokenizer_step.ipynb #7fa60d48
 def tokenizer_step(
-    loop: Loop, reconstructions: list[Reconstruction], gradients: list[Tensor], soft: Tensor
+    loop: Loop, reconstructions: list[Reconstruction], gradients: list[Tensor], assignment: Tensor
 ) -> None:
-    "Update the tokenizer with the gradients at its images; `soft` (K,) is the whole batch's usage."
+    """Update the tokenizer with the gradients at its images.
+
+    `assignment` (K,) is the mean assignment of the whole batch.
+    """
     count = len(reconstructions)
 
     def loss(part: Reconstruction, gradient: Tensor) -> Tensor:
-        if count > 1:  # the first pass recorded no gradient: once more, knowing the whole's usage
-            part = reconstruct(loop, part.images, lambda _: soft)
+        if count > 1:  # the first pass recorded no gradient: again, knowing the whole batch
+            part = reconstruct(loop, part.images, lambda _: assignment)
         return ((part.output * gradient).sum() + part.losses["vq"]) / count
 
     pairs = zip(reconstructions, gradients, strict=True)
@@ -180,7 +182,7 @@ def train_step(
     count = config.memory.gradient_accumulation
     with torch.set_grad_enabled(count == 1):
         parts = [reconstruct(loop, images[i::count], all_reduce) for i in range(count)]
-    soft = all_reduce(mean_of([part.losses["soft"] for part in parts]))  # (K,)
+    assignment = all_reduce(mean_of([part.losses["mean_assignment"] for part in parts]))  # (K,)
 
     extra = {}
     if t >= adversarial.train_start:
@@ -192,15 +194,21 @@ def train_step(
     at_images, scale = combine_gradients(gradients, listening, adversarial.bound)
     if scale is not None:
         extra["adversarial_scale"] = scale
-    tokenizer_step(loop, parts, at_images, soft)
+    tokenizer_step(loop, parts, at_images, assignment)
 
     terms = [g.terms | part.losses for g, part in zip(gradients, parts, strict=True)]
     names = [name for name in LOGGED if name in terms[0]]
     means = {name: mean_of([term[name].detach() for term in terms]) for name in names}
-    return means | codebook_use(parts, soft, config.quantizer.codes) | extra
+    return means | codebook_use(parts, assignment, config.quantizer) | extra
 
 
-def codebook_use(parts: list[Reconstruction], soft: Tensor, size: int) -> dict[str, float | Tensor]:
-    "Which of the `size` codes the whole batch uses, and the entropy of its soft usage. Collective."
-    counts = count_codes(torch.cat([part.codes for part in parts]), size)  # (K,)
-    return {"batch_usage": usage(all_reduce(counts, "sum")), "entropy": entropy(soft)}
+def codebook_use(
+    parts: list[Reconstruction], assignment: Tensor, config: Quantizer
+) -> dict[str, float | Tensor]:
+    "Fraction of the codes that the whole batch uses, and the entropy of section 3.4. Collective."
+    counts = count_codes(torch.cat([part.codes for part in parts]), config.codes)  # (K,)
+    if config.entropy_over == "batch":
+        usage_entropy = entropy(assignment)
+    else:
+        usage_entropy = mean_of([part.losses["entropy"].detach() for part in parts])
+    return {"batch_usage": usage(all_reduce(counts, "sum")), "entropy": usage_entropy}
