@@ -206,6 +206,26 @@ def _seeds(row: pd.Series) -> str:
     return " to ".join(str(n) for n in dict.fromkeys((min(counts), max(counts))))
 
 
+_PAPERS = (
+    "After the stroke: the paper's number (ImageNet at 256x256 unless the preset is of another "
+    "dataset; FID with Inception)."
+)
+
+
+def _beside_the_paper(panel: Panel, part: pd.DataFrame, measured: dict[str, str]) -> str:
+    "What the paper measures: `measured` maps its metrics to ours."
+    lines = [
+        [
+            label,
+            *(_cell(row, ours, f"paper {name}") for name, ours in measured.items()),
+            _seeds(row),
+        ]
+        for label, row in part.iterrows()
+    ]
+    table = markdown_table(["", *measured.values(), "seeds"], lines)
+    return f"{table}\n\n{_PAPERS}" if len(panel.paper) else table
+
+
 def panel_markdown(panel: Panel) -> str:
     "A panel as Markdown: its numbers beside the paper's, then what else is known."
     part = summary(panel)
@@ -213,27 +233,15 @@ def panel_markdown(panel: Panel) -> str:
     measured = {name: name.replace("FID", panel.fid) for name in names}
     if part["usage"].eq(1).all() and "usage" not in panel.paper:
         del measured["usage"]
-    header = ["", *measured.values(), "seeds"]
-    lines = [
-        [label, *(_cell(row, ours, f"paper {m}") for m, ours in measured.items()), _seeds(row)]
-        for label, row in part.iterrows()
-    ]
-    text = [markdown_table(header, lines)]
-    if len(panel.paper):
-        text[0] += (
-            "\n\nAfter the stroke: the paper's number (ImageNet at 256x256 unless the preset "
-        )
-        text[0] += "is of another dataset; FID with Inception)."
-    others = [c for c in part if not c.endswith((" sd", " seeds")) and not c.startswith("paper ")]
-    others = [c for c in others if c not in measured.values()]
+    text = [_beside_the_paper(panel, part, measured)]
+    means = [name for name in part if not name.endswith((" sd", " seeds"))]
+    others = [n for n in means if not n.startswith("paper ") and n not in measured.values()]
     lines = [[label, *(_cell(row, name) for name in others)] for label, row in part.iterrows()]
     text.append(markdown_table(["", *others], lines))
-    ranks = rank_correlations(part)
+    ranks = [f"{metric} {value:.2f}" for metric, value in rank_correlations(part).items()]
     if ranks:
-        values = ", ".join(f"{metric} {value:.2f}" for metric, value in ranks.items())
-        text.append(
-            f"Rank correlation with the paper's rows (1: its order, -1: reversed): {values}."
-        )
+        words = "Rank correlation with the paper's rows (1: its order, -1: reversed)"
+        text.append(f"{words}: {', '.join(ranks)}.")
     return "\n\n".join(text)
 
 
