@@ -124,6 +124,14 @@ class Classifier(Settings):
     lr: float = chosen(0.1, "peak learning rate", at_least(0))
     weight_decay: float = chosen(5e-4, "a common value for small residual networks", at_least(0))
     smoothing: float = chosen(0.1, "label smoothing", BELOW_ONE)
+    momentum: float = added_later(0.9, "Nesterov momentum of SGD", BELOW_ONE)
+    warmup: float = added_later(
+        0.2, "fraction of the steps over which the rate rises linearly to its peak", BELOW_ONE
+    )
+    flip: bool = added_later(True, "mirror half of the images at random")
+    shift: float = added_later(
+        0.125, "move the images of a batch by up to this fraction of their side", FRACTION
+    )
 
 
 # %% ../nbs/02_config.ipynb #73e41da0
@@ -224,6 +232,12 @@ class Quantizer(Settings):
     kmeans_buffer: int = chosen(
         16_384, "most recent features that it is re-estimated from, as many as VQFR", at_least(1)
     )
+    start: str = added_later(
+        "data",
+        "what the codebook starts as: 'data', features of the first images, drawn from four times "
+        "as many; or 'normal', standard normal vectors",
+        one_of("data", "normal"),
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -288,6 +302,13 @@ class Adversarial(Settings):
     )
     r1: float = chosen(1.0, "weight of the R1 penalty", at_least(0))
     r1_every: int = chosen(16, "steps between R1 penalties, as StyleGAN2", at_least(1))
+    clip: float = added_later(
+        1.0, "largest norm of the discriminator's gradient in a step; 0 is no limit", at_least(0)
+    )
+    clip_r1: bool = added_later(
+        True,
+        "limit it in the steps with an R1 penalty, too, which is `r1_every` times as heavy there",
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -314,6 +335,10 @@ class TokenizerTraining(Settings):
         "the steps so far; 0 keeps the last weights, and the paper mentions no others",
         BELOW_ONE,
     )
+    clip: float = added_later(
+        1.0, "largest norm of the gradient in a step; 0 is no limit", at_least(0)
+    )
+    flip: bool = added_later(True, "of both phases: mirror half of the images at random")
     start: str = added_later(
         "",
         "folder of a tokenizer and its discriminator that phase one starts from; "
@@ -348,6 +373,9 @@ class SecondPhase(Settings):
         "Table 7: pairs of B&D attention per level of the decoder; "
         "the control of the ablation has none",
         at_least(0),
+    )
+    clip: float = added_later(
+        1.0, "largest norm of the gradient in a step; 0 is no limit", at_least(0)
     )
 
 
@@ -397,6 +425,15 @@ class TransformerTraining(Settings):
     )
     betas: tuple[float, ...] = paper((0.9, 0.96), "Table 10, AdamW", BETAS)
     weight_decay: float = paper(1e-2, "Table 10", at_least(0))
+    weight_decay_on: str = added_later(
+        "matrices",
+        "what decays: the 'matrices' of linear layers, as in GPT; or 'all', with biases, norms "
+        "and embeddings",
+        one_of("matrices", "all"),
+    )
+    clip: float = added_later(
+        1.0, "largest norm of the gradient in a step; 0 is no limit", at_least(0)
+    )
     flip: bool = chosen(True, "train on the codes of the images and of their mirror images")
 
 

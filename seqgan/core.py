@@ -6,7 +6,6 @@
 __all__ = [
     "DISK_FULL",
     "check",
-    "require",
     "digest",
     "file_digest",
     "seed_of",
@@ -62,12 +61,6 @@ def check(condition: bool, must: str, got: object = ..., remedy: str = "") -> No
         return
     message = f"{must}." if got is ... else f"{must}, got {got!r}."
     raise ValueError(f"{message} {remedy}".strip())
-
-
-def require(condition, name, value, allowed):
-    "Stop with a sentence that names a setting, its value and what is allowed."
-    if not condition:
-        raise ValueError(f"{name} = {value!r} is not possible: {allowed}.")
 
 
 # %% ../nbs/00_core.ipynb #2349c65d

@@ -1,4 +1,4 @@
-"""Full disks, files that are damaged, foreign or gone, other settings and code, losses that are NaN.
+"""Full disks, files that are damaged, foreign or gone, other settings and code, losses of NaN.
 
 Each study ends with the files of an undisturbed one, or with a sentence.
 """
@@ -29,7 +29,7 @@ PLACES = [
     "tokenizer/.log.jsonl",
     "rename tokenizer/.metrics",
     "codes/train/codes.npy",
-    "decoder/model/.part",
+    "decoder/model/.model",
     "rename ar/.part-N$",
     "rename samples/.part",
     "reports",

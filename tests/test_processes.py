@@ -1,182 +1,94 @@
-"""Two processes at one training: the same parameters in both, and the losses of one process at the same batch. On CPUs, by gloo."""
+"""Two processes at one training, on CPUs by gloo.
+
+They end with the same parameters, and log the losses of one process at the same batch.
+"""
 
 import json
 import sys
 
 import pytest
+from conftest import ROOT, TORCHRUN
+from outcomes import run_of
 
 CPU = {"CUDA_VISIBLE_DEVICES": ""}  # two processes need two GPUs, or none
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-CHILD = """
-import json
-from pathlib import Path
-from unittest.mock import patch
-import numpy as np
-import torch
-from seqgan import codes as C
-from seqgan.training.codes import Codes, extract_codes
-from seqgan.core import home
-from seqgan.presets import preset
-from seqgan.data.images import ImageSet, load
-from seqgan.core import to_float
-from seqgan.models.features import VGG, weights_digest
-from seqgan.training.features import train_classifier
-from seqgan.training.tokenizer import train_decoder, train_tokenizer
-from seqgan.training.transformer import train_transformer
-from seqgan.models.tokenizer import Tokenizer
-from seqgan.training.loop import Loop
-from seqgan.training.processes import broadcast_object as agreed, rank_and_world_size as processes
-rank, count = processes()
-changes = {"tokenizer_training.steps": 8, "second_phase.steps": 4, "transformer_training.steps": 8, "perceptual.warmup": 2, "adversarial.train_start": 1, "adversarial.start": 2, "adversarial.ramp": 2,
-           "quantizer.kmeans_every": 3, "quantizer.kmeans_last": 6, "transformer.dropout": 0.0, "memory.gradient_accumulation": PARTS, "memory.gradient_checkpointing": PARTS > 1}
-c, out = preset("smoke", changes), home() / "out"
-cut = lambda s, n: ImageSet(s.images[:n], s.labels[:n], s.classes)
-train, val = cut(load(c.data, "train"), 250), cut(load(c.data, "val"), 63)   # neither divides by the batch nor by the processes
-torch.manual_seed(0)
-vgg = VGG(c.vgg, 40)
-seen = {}
-plain = Loop.update
-def update(self, name, *losses):
-    plain(self, name, *losses)
-    seen.setdefault((self.folder.name, name), []).append(weights_digest(self.plain(name)))
-# Adam divides a gradient by its size, so where it is 0 up to rounding one process and two part ways; plain descent shows whether the gradients are the same
-descent = lambda params, lr, *_: torch.optim.SGD(params, 5 * lr)
-with patch("seqgan.training.precision", return_value="no"), patch.object(Loop, "update", update), patch("torch.optim.Adam", descent), patch("torch.optim.AdamW", descent):
-    print("classifier", train_classifier(vgg, c.classifier, train, val, out / "vgg", 0))
-    train_tokenizer(c, train, vgg, out / "tokenizer", val)
-    train_decoder(c, out / "tokenizer/model", train, vgg, out / "decoder", val)
-    loud = {"tokenizer_training.steps": 2, "perceptual.warmup": 0, "adversarial.train_start": 0, "adversarial.start": 0, "adversarial.ramp": 0, "adversarial.weight": 1e3}
-    train_tokenizer(preset("smoke", changes | loud), train, vgg, out / "bound")
-    tokenizer = Tokenizer.from_pretrained(out / "tokenizer/model")
-    codes = [extract_codes(tokenizer, s.images, s.labels, out / name, flip=True) for name, s in (("train", train), ("val", val))]
-    train_transformer(c, *codes, 40, out / "ar")
-    train_transformer(preset("smoke", changes | {"transformer.causal": False}), *codes, 40, out / "nar")
-C.CHUNK = 64                                    # four parts, which the processes share
-torch.manual_seed(0)
-fixed = Tokenizer(c.autoencoder, c.quantizer, c.data.size).freeze()
-extract_codes(fixed, train.images, train.labels, out / "parts", flip=True)
-agreed(None)
-if rank == 0:                                   # as if they had been killed: two parts are missing
-    with open(out / "parts/done.bin", "r+b") as file: file.write(bytes([1, 0, 1, 0]))
-    mapped = np.load(out / "parts/codes.npy", "r+")
-    mapped[:, 64:128] = mapped[:, 192:] = -1
-    mapped.flush()
-agreed(None)
-again = extract_codes(fixed, train.images, train.labels, out / "parts", flip=True)
-assert torch.equal(again.codes.long(), torch.cat([fixed.encode(to_float(x)) for x in (train.images, train.images.flip(-1))]))
-(home() / f"weights-{rank}.json").write_text(json.dumps({"/".join(key): digests for key, digests in seen.items()}))
-"""
+TRAINED = {
+    "vgg": ["net"],
+    "tokenizer": ["tokenizer", "discriminator"],
+    "decoder": ["tokenizer", "discriminator"],
+    "bound": ["tokenizer", "discriminator"],
+    "ar": ["transformer"],
+    "nar": ["transformer"],
+}
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_two_processes_are_one(child, python, tmp_path, parts):
-    "Both phases with their discriminators, k-means, the entropy and the adversarial bound; the classifiers; codes; AR and NAR; sets that do not divide."
-    code = CHILD.replace("PARTS", str(parts))
-    (tmp_path / "child.py").write_text(code)
-    one, two = (
-        python(code, home="one", **CPU),
-        child(*TORCHRUN, str(tmp_path / "child.py"), home="two", **CPU),
-    )
+def tolerance(run, step, name):
+    "How near a logged number of two processes must come to that of one: relative and absolute."
+    if (run, step) in (("tokenizer", 1), ("bound", 1)):
+        return {"rel": 2e-5, "abs": 1e-6}
+    if name.startswith("val_") or "usage" in name or name == "accuracy":
+        # Rounding decides now and then which code is nearest: 1 of 32 codes, or 1 image of 63.
+        return {"rel": 1e-2, "abs": 0.05}
+    return {"rel": 1e-3, "abs": 1e-4}
+
+
+def log_of(home, run):
+    lines = (home / "out" / run / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_two_processes_are_one(child, tmp_path, micro_batches):
+    """Both phases with their discriminators, k-means, the entropy and the adversarial bound.
+
+    The classifiers, codes, AR and NAR too, on sets that do not divide.
+    """
+    program = str(ROOT / "tests" / "all_trainings.py"), str(micro_batches)
+    path = {"PYTHONPATH": str(ROOT)} | CPU
+    one = child(sys.executable, *program, home="one", **path)
     assert one.returncode == 0, one.stdout[-3000:]
+    two = child(*TORCHRUN, *program, home="two", **path)
     assert two.returncode == 0, two.stdout[-3000:]
+
     first, second = (
         json.loads((tmp_path / "two" / f"weights-{rank}.json").read_text()) for rank in (0, 1)
     )
-    assert first.keys() == {
-        "vgg/net",
-        "tokenizer/tokenizer",
-        "tokenizer/discriminator",
-        "decoder/tokenizer",
-        "decoder/discriminator",
-        "bound/tokenizer",
-        "bound/discriminator",
-        "ar/transformer",
-        "nar/transformer",
-    }
-    for run in first:
-        assert first[run] == second[run] and len(set(first[run])) > 1, (
-            run
-        )  # after every step, to the last bit
-    for run in ("vgg", "tokenizer", "bound", "decoder", "ar", "nar"):
-        logs = [
-            [
-                json.loads(line)
-                for line in (tmp_path / home / "out" / run / "log.jsonl").read_text().splitlines()
-            ]
-            for home in ("one", "two")
-        ]
-        assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
-        if run == "bound":
-            assert all(
-                line["adversarial_scale"] < 1e3 for line in logs[0]
-            )  # the weight: without the bound it would be that
-        for a, b in zip(*logs):
-            assert a.keys() == b.keys()
-            for name in a.keys() - {"seconds_per_step"}:
-                # rounding decides now and then which of two codes is nearest: one of 32 codes in use, or one image of 63
-                rel, absolute = (
-                    (2e-5, 1e-6)
-                    if (run, a["step"]) in (("tokenizer", 1), ("bound", 1))
-                    else (1e-2, 0.05)
-                    if name.startswith("val_") or "usage" in name or name == "accuracy"
-                    else (1e-3, 1e-4)
-                )
-                assert b[name] == pytest.approx(a[name], rel=rel, abs=absolute), (
-                    run,
-                    a["step"],
-                    name,
-                )
+    assert first.keys() == {f"{run}/{model}" for run in TRAINED for model in TRAINED[run]}
+    for name in first:  # after every step, to the last bit
+        assert first[name] == second[name] and len(set(first[name])) > 1, name
+
+    for run in TRAINED:
+        logs = log_of(tmp_path / "one", run), log_of(tmp_path / "two", run)
+        assert len(logs[0]) == len(logs[1])
+        for of_one, of_two in zip(*logs, strict=True):
+            assert of_one.keys() == of_two.keys()
+            for name in of_one.keys() - {"seconds_per_step"}:
+                near = pytest.approx(of_one[name], **tolerance(run, of_one["step"], name))
+                assert of_two[name] == near, (run, of_one["step"], name)
+    assert all(line["adversarial_scale"] < 1e3 for line in log_of(tmp_path / "one", "bound"))
+
     for name in ("codes.npy", "labels.npy", "done.bin"):
-        assert (tmp_path / "one/out/parts" / name).read_bytes() == (
-            tmp_path / "two/out/parts" / name
-        ).read_bytes()
-    assert (
-        two.stdout.count("classifier") == 2 and two.stdout.count("MB in") == 3
-    )  # what is said, is said once
+        files = [tmp_path / home / "out/chunks" / name for home in ("one", "two")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert two.stdout.count("classifier") == 2  # printed by the program, in both processes
+    assert two.stdout.count("MB in") == 3  # printed by the package, once
 
 
 def test_command(child, tmp_path):
-    "`seqgan train` under torchrun computes a study of drawn samples that no process's share divides; one process finds all of it there."
-    what = (
-        "train",
-        "--preset",
-        "smoke",
-        "--transformer",
-        "NAR",
-        "--phase",
-        "2",
-        "--set",
-        "evaluation.samples=61",
-    )
-    two = child(*TORCHRUN, "-m", "seqgan", *what, **CPU)
+    "`seqgan train` under torchrun, with samples that do not divide; one process finds all of it."
+    words = "train --preset smoke --transformer NAR --phase 2 --set evaluation.samples=61".split()
+    two = child(*TORCHRUN, "-m", "seqgan", *words, **CPU)
     assert two.returncode == 0, two.stdout[-3000:]
     (record,) = (tmp_path / "home" / "reports" / "results").rglob("*.json")
-    assert json.loads(record.read_text())["metrics"]["generation"].keys() >= {
-        "FID-local",
-        "IS-local",
-        "class_accuracy",
-    }
-    again = child(sys.executable, "-m", "seqgan", *what, **CPU)
-    assert (
-        again.returncode == 0 and ": started" not in again.stdout and "to do" not in again.stdout
-    ), again.stdout[-3000:]
+    measured = json.loads(record.read_text())["metrics"]["generation"]
+    assert measured.keys() >= {"FID-local", "IS-local", "class_accuracy"}
+    again = child(sys.executable, "-m", "seqgan", *words, **CPU)
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert ": started" not in again.stdout and "to do" not in again.stdout, again.stdout[-3000:]
 
 
 def test_accelerate_launch(child, tmp_path):
     "On processors it starts one process; on several GPUs it is torchrun."
-    result = child(
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "-m",
-        "seqgan",
-        "train",
-        "--preset",
-        "smoke",
-        "--until",
-        "vgg",
-        **CPU,
-    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m"]
+    result = child(*launch, *"seqgan train --preset smoke --until vgg".split(), **CPU)
     assert result.returncode == 0, result.stdout[-3000:]
-    assert list((tmp_path / "home" / "runs").glob("vgg-*/metrics.json"))
+    assert (run_of(tmp_path / "home", "vgg") / "metrics.json").exists()

@@ -334,7 +334,6 @@ class Quantizer(Codebook):
                 vq=codebook + c.beta * commitment - c.gamma * usage_entropy,
                 mean_assignment=mean.detach(),
             )
-            losses["soft"] = losses["mean_assignment"]  # its former name
             return self.to_channels(straight_through(z, z_q)), codes, losses
 
     def _assign(

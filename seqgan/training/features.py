@@ -6,7 +6,6 @@
 __all__ = ["random_shift", "class_logits", "train_classifier"]
 
 # %% ../../nbs/35_features.ipynb #476092e7
-import math
 from pathlib import Path
 
 import torch
@@ -51,26 +50,28 @@ def train_classifier(
     Returns its `accuracy` on the validation images, the number of `classes`, and how many steps
     were `skipped`. A batch of more than all training images is one of all of them.
     """
-    batches = Batches(train.images, train.labels, min(config.batch, len(train)), seed)
+    batch = min(config.batch, len(train))
+    batches = Batches(train.images, train.labels, batch, seed, flip=config.flip)
     network.to(memory_format=torch.channels_last)  # a fifth faster for these narrow convolutions
     optimizer = torch.optim.SGD(
         network.parameters(),
         config.lr,
-        momentum=0.9,
+        momentum=config.momentum,
         weight_decay=config.weight_decay,
-        nesterov=True,
+        nesterov=config.momentum > 0,
     )
 
     def learning_rate(t: int) -> float:
-        return one_cycle(t, config.steps, config.lr)
+        return one_cycle(t, config.steps, config.lr, config.warmup)
 
     models, optimizers, schedules = {"net": network}, {"net": optimizer}, {"net": learning_rate}
-    loop = Loop(folder, config.steps, seed, models, optimizers, schedules, clip=math.inf)
+    loop = Loop(folder, config.steps, seed, models, optimizers, schedules)
     model = loop.models["net"].train()
 
     def step(t: int) -> dict[str, torch.Tensor]:
         images, labels = (x.to(device()) for x in batches(t))  # (B, 3, H, W), (B,)
-        images = random_shift(images, images.shape[-1] // 8, generator("shift", seed, t))
+        most = int(config.shift * images.shape[-1])
+        images = random_shift(images, most, generator("shift", seed, t))
         with loop.autocast():
             logits = class_logits(model, images.contiguous(memory_format=torch.channels_last))
         logits = logits.float()  # (B, classes)

@@ -134,7 +134,7 @@ class Loop(TrainState):
         models: dict[str, nn.Module],
         optimizers: dict[str, Optimizer],
         schedules: dict[str, Callable[[int], float]],
-        clip: float = 1.0,
+        clip: dict[str, float] | None = None,
         ema: dict[str, float] | None = None,
     ):
         check(steps >= 1, "the number of steps must be at least 1", steps)
@@ -169,38 +169,34 @@ class Loop(TrainState):
         evaluate_every = max(self.steps // 5, 1)
         timer = SaveTimer(save_seconds)
         self.meter.restart_clock()
-        bar = progress(total=self.steps, initial=first, desc=self.folder.name)
-        for t in range(first, last):
-            torch.manual_seed(seed_of("step", self.seed, t, self.accelerator.process_index))
-            self.set_learning_rates(t)
-            self.meter.add(step(t))
-            bar.update()
+        with progress(total=self.steps, initial=first, desc=self.folder.name) as bar:
+            for t in range(first, last):
+                torch.manual_seed(seed_of("step", self.seed, t, self.accelerator.process_index))
+                self.set_learning_rates(t)
+                self.meter.add(step(t))
+                bar.update()
 
-            done = t + 1
-            at_end = done == self.steps
-            evaluates = evaluate is not None and (done % evaluate_every == 0 or at_end)
-            new_best = None
-            if evaluates or done % log_every == 0 or at_end:
-                line = self._log_line(done, evaluate if evaluates else None)
-                bar.set_postfix(_shown(line), refresh=False)
-                if best in line and self._is_better(line[best]):
-                    new_best = line[best], done
+                done = t + 1
+                at_end = done == self.steps
+                evaluates = evaluate is not None and (done % evaluate_every == 0 or at_end)
+                new_best = None
+                if evaluates or done % log_every == 0 or at_end:
+                    line = self._log_line(done, evaluate if evaluates else None)
+                    bar.set_postfix(_shown(line), refresh=False)
+                    if best in line and self._is_better(line[best]):
+                        new_best = line[best], done
 
-            stop, due = _agree(STOP.is_set(), timer.is_due())
-            stop = stop and done < last
-            if stop or due or new_best or done == last:
-                began = time.monotonic()
-                self._save(done, new_best or self.best, required=stop or done == last)
-                seconds = time.monotonic() - began
-                timer.saved(seconds)
-                self.meter.pause_clock(seconds)
-            if stop:
-                bar.close()
-                raise Stopped(
-                    f"{self.folder.name} stopped at step {done} of {last}; "
-                    "the same command resumes from there"
-                )
-        bar.close()
+                stop, due = _agree(STOP.is_set(), timer.is_due())
+                stop = stop and done < last
+                if stop or due or new_best or done == last:
+                    seconds = self._save(done, new_best or self.best, stop or done == last)
+                    timer.saved(seconds)
+                    self.meter.pause_clock(seconds)
+                if stop:
+                    raise Stopped(
+                        f"{self.folder.name} stopped at step {done} of {last}; "
+                        "the same command resumes from there"
+                    )
         for name in self.models:
             self.models[name] = self.unwrap(name)
 
@@ -221,8 +217,12 @@ class Loop(TrainState):
         better = math.isfinite(value) and (self.best is None or value < self.best[0])
         return broadcast_object(better)
 
-    def _save(self, done: int, best: tuple[float, int] | None, required: bool) -> None:
-        "Save a checkpoint. On a full disk the older ones stay; an error only if it is `required`."
+    def _save(self, done: int, best: tuple[float, int] | None, required: bool) -> float:
+        """Save a checkpoint. Returns the seconds that it took.
+
+        On a full disk the older ones stay; an error only if this one is `required`.
+        """
+        began = time.monotonic()
         state = {
             "skipped": self.skipped,
             "skips_in_a_row": self.skips_in_a_row,
@@ -244,6 +244,7 @@ class Loop(TrainState):
 
         if on_main(save):
             self.best = best
+        return time.monotonic() - began
 
     def _resume(self, start: str | Path | None) -> int:
         "Load the newest checkpoint, or `start`. Returns the step to go on with."

@@ -19,6 +19,7 @@ from .processes import rank_and_world_size
 
 # isort: split
 # After seqgan.core, which silences a warning of accelerate's imports.
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -66,8 +67,8 @@ class TrainState:
     """Models by name, each with its optimiser and its learning rate `schedules[name](t)`.
 
     `models[name]` is the model as prepared for several processes, `unwrap(name)` the model itself.
-    Gradients are clipped to the norm `clip`. `ema` {name: window} asks for moving averages of
-    weights, which are `ema[name].module`.
+    `clip` {name: norm} limits the norm of a model's gradient in a step, 0 does not. `ema`
+    {name: window} asks for moving averages of weights, which are `ema[name].module`.
     """
 
     def __init__(
@@ -75,14 +76,14 @@ class TrainState:
         models: dict[str, nn.Module],
         optimizers: dict[str, Optimizer],
         schedules: dict[str, Callable[[int], float]],
-        clip: float = 1.0,
+        clip: dict[str, float] | None = None,
         ema: dict[str, float] | None = None,
     ):
         self.accelerator = prepare_accelerator()
         self.models = {n: self.accelerator.prepare(model) for n, model in models.items()}
         self.optimizers = {n: self.accelerator.prepare(o) for n, o in optimizers.items()}
         self.schedules = schedules
-        self.clip = clip
+        self.clip = clip or {}
         windows = {name: window for name, window in (ema or {}).items() if window}
         self.ema = {name: moving_average(models[name], w) for name, w in windows.items()}
         self.skipped = 0
@@ -103,11 +104,14 @@ class TrainState:
             for group in optimizer.param_groups:
                 group["lr"] = self.schedules[name](t)
 
-    def update(self, name: str, *losses: torch.Tensor | Callable[[], torch.Tensor]) -> None:
+    def update(
+        self, name: str, *losses: torch.Tensor | Callable[[], torch.Tensor], clip: bool = True
+    ) -> None:
         """One optimiser step of a model on the sum of `losses`, averaged over the processes.
 
-        A loss is a scalar, or a function that computes one when its turn comes. Raises
-        FloatingPointError if ten gradients in a row are not finite.
+        A loss is a scalar, or a function that computes one when its turn comes. Without `clip` the
+        gradient is not limited in this step. Raises FloatingPointError if ten gradients in a row
+        are not finite.
         """
         model, optimizer = self.models[name], self.optimizers[name]
         optimizer.zero_grad()
@@ -116,7 +120,8 @@ class TrainState:
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 value = loss() if callable(loss) else loss
                 self.accelerator.backward(value)
-        norm = self.accelerator.clip_grad_norm_(list(model.parameters()), self.clip)
+        limit = self.clip.get(name, 0) if clip else 0
+        norm = self.accelerator.clip_grad_norm_(list(model.parameters()), limit or math.inf)
         if not torch.isfinite(norm):
             self._skip(name, value.item())
             return

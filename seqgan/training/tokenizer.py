@@ -91,9 +91,8 @@ class Phase:
 
 def shared_batches(config: Experiment, train: ImageSet, batch: int) -> Batches:
     "This process's share of the training batches."
-    share = rank_and_world_size()
-    crop = config.data.crop
-    return Batches(train.images, train.labels, batch, config.seed, crop=crop, share=share)
+    flip, crop, share = config.tokenizer_training.flip, config.data.crop, rank_and_world_size()
+    return Batches(train.images, train.labels, batch, config.seed, flip, crop, share)
 
 
 def make_loop(phase: Phase, config: Experiment, folder: str | Path) -> Loop:
@@ -114,6 +113,7 @@ def make_loop(phase: Phase, config: Experiment, folder: str | Path) -> Loop:
             "tokenizer": lambda t: cosine(t, training.steps, training.lr, training.lr_end),
             "discriminator": lambda t: adversarial.lr,
         },
+        clip={"tokenizer": training.clip, "discriminator": adversarial.clip},
         ema={"tokenizer": config.tokenizer_training.ema},
     )
 
@@ -258,7 +258,7 @@ def train_tokenizer(
         tokenizer = Tokenizer(config.autoencoder, config.quantizer, config.data.size).to(device())
         discriminator = Discriminator(config.adversarial, config.data.size).to(device())
     batches = shared_batches(config, train, training.batch)
-    if not training.start:
+    if not training.start and config.quantizer.start == "data":
         init_codebook(tokenizer, config, batches)
 
     vgg = vgg.folded()

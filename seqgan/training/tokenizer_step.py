@@ -88,7 +88,8 @@ def discriminator_step(
         return (value + penalty) / len(reconstructions)
 
     discriminator.requires_grad_(True)
-    loop.update("discriminator", *(partial(loss, part) for part in reconstructions))
+    losses = [partial(loss, part) for part in reconstructions]
+    loop.update("discriminator", *losses, clip=config.clip_r1 or t % config.r1_every != 0)
     discriminator.requires_grad_(False)
     return mean_of(logistic)
 

@@ -10,6 +10,7 @@ __all__ = [
     "transformer_step",
     "validation_loss",
     "learning_rate",
+    "optimizer_groups",
     "check_codes_match",
     "train_transformer",
 ]
@@ -110,6 +111,13 @@ def learning_rate(training: TransformerTraining, t: int) -> float:
     return linear_warmup(t, training.warmup) * rate
 
 
+def optimizer_groups(transformer: Transformer, training: TransformerTraining) -> list[dict]:
+    "The parameters in groups with and without weight decay."
+    if training.weight_decay_on == "matrices":
+        return parameter_groups(transformer, training.weight_decay)
+    return [{"params": list(transformer.parameters()), "weight_decay": training.weight_decay}]
+
+
 def check_codes_match(config: Experiment, train: Codes, val: Codes) -> None:
     "Raise ValueError unless both are codes of one tokenizer with the codebook of `config`."
     check(
@@ -138,7 +146,7 @@ def train_transformer(
     transformer = Transformer(
         config.transformer, config.quantizer.codes, positions, classes, train.tokenizer
     ).to(device())
-    groups = parameter_groups(transformer, training.weight_decay)
+    groups = optimizer_groups(transformer, training)
     optimizer = torch.optim.AdamW(groups, training.lr, training.betas)
     loop = Loop(
         folder,
@@ -147,6 +155,7 @@ def train_transformer(
         {"transformer": transformer},
         {"transformer": optimizer},
         {"transformer": partial(learning_rate, training)},
+        clip={"transformer": training.clip},
     )
     if config.memory.gradient_checkpointing:
         enable_gradient_checkpointing(transformer.blocks)
