@@ -89,6 +89,7 @@ def run_part(part: str, module: str, project: Path, home: Path) -> subprocess.Co
             "-q",
             "-p",
             "no:cacheprovider",
+            "--numprocesses=0",
             *part.split(),
         ]
     return subprocess.run(

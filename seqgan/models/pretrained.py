@@ -36,7 +36,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..core import atomic_path, check
-from .cards import model_card  # noqa: F401
 
 # %% ../../nbs/26_pretrained.ipynb #5ca3f26b
 CONFIG = "config.json"

@@ -97,9 +97,12 @@ def studies_of(
 
 
 def whole_study(
-    preset_name: str, data: str = "shapes", seeds: int = 1, tables: Iterable[str] = tuple(TABLES)
+    preset_name: str,
+    data: str = "shapes",
+    seeds: int = 1,
+    tables: Iterable[str] | None = None,
 ) -> list[StudyRow]:
-    """All rows of these tables, seed by seed.
+    """All rows of these tables, or of all, seed by seed.
 
     Raises ValueError, before anything is computed, if the images make one of them impossible."""
     check(seeds >= 1, "the number of seeds must be at least 1", seeds)
@@ -108,7 +111,7 @@ def whole_study(
         row
         for seed in range(seeds)
         for table in TABLES
-        if table in tables
+        if tables is None or table in tables
         for row in table_rows(table, preset_name, found, seed)
     ]
     by_phase = {c.phase: c for row in rows for c in row.experiments.values()}

@@ -34,9 +34,9 @@ from safetensors.torch import load_file
 from ..config import Data, Experiment
 from ..core import check, device, print_main, to_float, to_uint8, write_text
 from ..data.images import ImageSet, load
+from ..models.cards import model_card
 from ..models.features import VGG, Evaluator, imagenet_vgg
 from ..models.perceptual import PerceptualLoss
-from ..models.pretrained import model_card
 from ..models.tokenizer import Tokenizer
 from ..models.transformer import Transformer, to_inference_dtype
 from seqgan.study.graph import (

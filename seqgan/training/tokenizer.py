@@ -163,7 +163,7 @@ def train_phase(
         weights = phase.discriminator.state_dict()
         save_tensors(weights, model / "discriminator.safetensors")
         result().freeze().save_pretrained(model)
-        last = read_log(folder)[-1]
+        last = (read_log(folder) or [{}])[-1]  # a branch point may come before the first line
         scale = {name: last[name] for name in ("adversarial_scale",) if name in last}
         return scale | {"skipped": loop.skipped}
 
