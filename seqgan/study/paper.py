@@ -24,11 +24,12 @@ __all__ = [
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import pandas as pd
 
-from ..config import Experiment
+from ..config import Data, Experiment
 from ..core import check
 from ..models.perceptual import LOW
 from ..presets import OTHER_TRANSFORMERS, PRESETS, preset
@@ -277,27 +278,29 @@ def table_cells(table: str, base: Experiment) -> list[Cell]:
     ]
 
 
-def _same_but_for_images(config: Experiment, other: Experiment) -> bool:
-    "Whether two experiments differ at most in their seed, their images and where they start."
-    data, training = other.data, config.tokenizer_training
-    return config == replace(
-        other,
-        seed=config.seed,
-        data=replace(config.data, size=data.size, crop=data.crop, train=data.train, val=data.val),
-        tokenizer_training=replace(
-            other.tokenizer_training, start=training.start, start_weights=training.start_weights
-        ),
+def _without_images(config: Experiment) -> Experiment:
+    "An experiment whatever its seed, its images and the tokenizer that it starts from."
+    data, training = config.data, config.tokenizer_training
+    return replace(
+        config,
+        seed=0,
+        data=Data(size=data.size, crop=data.crop, train=data.train, val=data.val),
+        tokenizer_training=replace(training, start="", start_weights=""),
     )
+
+
+@cache
+def _grid(preset_name: str, alpha: float) -> list[tuple[Cell, Experiment]]:
+    "All cells at a preset, with `alpha` among the rows of Figure 6, and their experiments."
+    base = preset(preset_name, {"perceptual.alpha": alpha})
+    cells = [cell for table in TABLES for cell in table_cells(table, base)]
+    return [(cell, _without_images(preset(preset_name, cell.changes))) for cell in cells]
 
 
 def cells_of(config: Experiment) -> list[Cell]:
     "The places of an experiment in all tables; none for one that is not in the paper's grid."
     if config.preset not in PRESETS:
         return []
-    base = preset(config.preset, {"perceptual.alpha": config.perceptual.alpha})
-    return [
-        cell
-        for table in TABLES
-        for cell in table_cells(table, base)
-        if _same_but_for_images(config, preset(config.preset, cell.changes))
-    ]
+    wanted = _without_images(config)
+    grid = _grid(config.preset, config.perceptual.alpha)
+    return [cell for cell, experiment in grid if experiment == wanted]

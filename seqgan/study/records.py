@@ -80,10 +80,13 @@ def place_in_reports(config: Experiment) -> Path:
     "DATASET/PRESET, the place of an experiment below reports/results and reports/figures."
     name, fingerprint = dataset_name(config.data), config.data.fingerprint
     place = Path(name) / config.preset
-    for file in (home() / "reports" / "results" / place).glob("*.json"):
-        if json.loads(file.read_text(encoding="utf-8"))["dataset"]["fingerprint"] != fingerprint:
-            return Path(f"{name}-{fingerprint[:6]}") / config.preset
-    return place
+    recorded = next((home() / "reports" / "results" / place).glob("*.json"), None)
+    if recorded is None:
+        return place
+    images = json.loads(recorded.read_text(encoding="utf-8"))["dataset"]
+    if images["fingerprint"] == fingerprint:
+        return place
+    return Path(f"{name}-{fingerprint[:6] or 'drawn'}") / config.preset
 
 
 def record_file(config: Experiment) -> Path:

@@ -180,7 +180,7 @@ def _print_runs_of_other_code(run: Run) -> None:
         if file.parent != run.folder and other["settings_digest"] == wanted:
             made = other.get("revision", "unknown")
             print_main(
-                f"{run.kind}: {file.parent.name} has these settings but is of other code "
+                f"{run.kind}: {file.parent.name} has these settings but was made by other code "
                 f"(revision {made}, which would resume it); computing anew"
             )
 
