@@ -73,22 +73,22 @@ def to_numbers(pixels):
     return pixels.double() / 127.5 - 1
 
 
-def image_batch(images, labels, size, seed, t):
-    """The batch of step t: each epoch has its own order, and half of the images are mirrored."""
+def image_batch(images, labels, size, seed, t, flip=True):
+    """The batch of step t: each epoch has its own order; with `flip`, half is mirrored."""
     per_epoch = len(images) // size
     epoch, index = t // per_epoch, t % per_epoch
     order = torch.randperm(len(images), generator=generator("order", seed, epoch))
     rows = order[index * size : (index + 1) * size]
-    mirrored = torch.rand(size, generator=generator("flip", seed, t)) < 0.5
+    mirrored = torch.rand(size, generator=generator("flip", seed, t)) < (0.5 if flip else 0)
     pixels = images[rows]
     pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
     return to_numbers(pixels), labels[rows]
 
 
-def shifted(images, seed, t):
-    """All images moved by the same few pixels, at most an eighth of a side; the border repeats."""
+def shifted(images, fraction, seed, t):
+    """All images moved by the same, at most a fraction of their side; the border repeats."""
     side = images.shape[-1]
-    most = side // 8
+    most = int(fraction * side)
     right, down = torch.randint(-most, most + 1, (2,), generator=generator("shift", seed, t))
     rows = (torch.arange(side) + down).clamp(0, side - 1)
     columns = (torch.arange(side) + right).clamp(0, side - 1)
@@ -233,24 +233,29 @@ def decode(z, w, s, pairs):
         for pair in range(pairs):
             for kind in ("regional", "dilated"):
                 own = under(w, f"attention.{level}.{pair}.{kind}")
-                x = group_attention(x, own, kind, s.attention_block, s.attention_heads)
+                x = group_attention(x, own, kind, s)
     return conv(silu(group_norm(x, w, "output.0")), w, "output.2", padding=1)
 
 
-def groups_of(height, width, kind, block):
-    """The group of each position (H W,) in HiT's attention (Zhao et al., 2021)."""
+def groups_of(height, width, kind, s):
+    """The group of each position (H W,) in HiT's attention (Zhao et al., 2021).
+
+    A dilated group has a fixed step, as in their code (`s.dilation` "hit"), or a fixed size.
+    """
 
     def along(side):
-        position, size = torch.arange(side), min(block, side)
-        return position // size if kind == "regional" else position % (side // size)
+        position, size = torch.arange(side), min(s.attention_block, side)
+        if kind == "regional":
+            return position // size
+        return position % (size if s.dilation == "hit" else side // size)
 
     return (along(height)[:, None] * width + along(width)).flatten()
 
 
-def group_attention(x, w, kind, block, heads):
+def group_attention(x, w, kind, s):
     """Attention of all positions to all, but for those of other groups; residual."""
     batch, channels, height, width = x.shape
-    group = groups_of(height, width, kind, block)
+    group, heads = groups_of(height, width, kind, s), s.attention_heads
     q, k, v = (
         conv(group_norm(x, w, "norm"), w, "qkv").view(batch, 3, heads, -1, height * width).unbind(1)
     )
@@ -301,11 +306,16 @@ def quantise(z, w, q):
 
     # A root has no slope at 0, where the codes start: what is below 1e-6 counts as 1e-6.
     distances = squares.clamp_min(1e-6).sqrt() if q.distance == "l2" else squares
-    soft = (-distances / q.temperature).softmax(1).mean(0)  # "average D along the spatial size"
+    soft = (-distances / q.temperature).softmax(1).view(len(z), -1, q.codes)
+    if q.entropy_over == "image":  # "average D along the spatial size"
+        usage_entropy = sum(entropy(image.mean(0)) for image in soft) / len(z)
+    else:
+        usage_entropy = entropy(soft.mean((0, 1)))
+    size = features[0].numel() if q.reduction == "sum" else 1
     terms = {
-        "codebook": (features.detach() - chosen).square().mean(),
-        "commitment": (chosen.detach() - features).square().mean(),
-        "entropy": entropy(soft),
+        "codebook": (features.detach() - chosen).square().mean() * size,
+        "commitment": (chosen.detach() - features).square().mean() * size,
+        "entropy": usage_entropy,
     }
     through = features + (chosen - features).detach()  # the gradient passes straight through
     z_q = linear(through, w, "up") if q.factors else through
@@ -587,10 +597,10 @@ class Nesterov:
         return weight - rate * (gradient + self.momentum * self.velocity[name])
 
 
-def update(model, weights, gradients, rate, optimiser, most=1.0):
-    """The `Update` of weights whose gradient is made no longer than `most` before."""
+def update(model, weights, gradients, rate, optimiser, clip=0):
+    """The `Update` of weights whose gradient is made no longer than `clip` before; 0: whatever."""
     norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
-    scale = min(1.0, most / (norm + 1e-6))
+    scale = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
     clipped = {name: scale * g for name, g in gradients.items()}
     moved = {name: optimiser.step(name, weights[name], g, rate) for name, g in clipped.items()}
     return Update(model, rate, gradients, norm, clipped, weights | moved)
@@ -620,9 +630,9 @@ def cosine(t, steps, first, last):
     return last + (first - last) * math.cos(math.pi / 2 * t / steps) ** 2
 
 
-def one_cycle(t, steps, most):
-    """Linear from 0 to the most over the first fifth, then half a cosine to 0."""
-    peak = steps / 5
+def one_cycle(t, steps, most, warmup):
+    """Linear from 0 to the most over a fraction `warmup`, then half a cosine to 0."""
+    peak = warmup * steps
     return most * t / peak if t < peak else cosine(t - peak, steps - peak, most, 0.0)
 
 
@@ -647,7 +657,7 @@ def detached(terms):
 def train_classifier(c, network, train, val, start):
     """A feature network on labels: `network` is "vgg" or "evaluator"."""
     s, seed, weights, training = c.classifier, c.seed, start["net"], Training(start)
-    optimiser = Nesterov(0.9, s.weight_decay)
+    optimiser = Nesterov(s.momentum, s.weight_decay)
 
     def logits_of(images, w, moments=None, dropout=None):
         if network == "vgg":
@@ -656,13 +666,13 @@ def train_classifier(c, network, train, val, start):
 
     for t in range(s.steps):
         size = min(s.batch, len(train.images))
-        images, labels = image_batch(train.images, train.labels, size, seed, t)
+        images, labels = image_batch(train.images, train.labels, size, seed, t, s.flip)
         w, moments = leaves(weights), {}
         dropout = Dropout(c.vgg.dropout, generator("step", seed, t, 0))
-        logits = logits_of(shifted(images, seed, t), w, moments, dropout)
+        logits = logits_of(shifted(images, s.shift, seed, t), w, moments, dropout)
         loss = cross_entropy(logits, labels, s.smoothing)
-        rate = one_cycle(t, s.steps, s.lr)
-        made = update("net", weights | moments, slopes(loss, w), rate, optimiser, math.inf)
+        rate = one_cycle(t, s.steps, s.lr, s.warmup)
+        made = update("net", weights | moments, slopes(loss, w), rate, optimiser)
         weights = made.weights
         terms = detached({"loss": loss, "accuracy": accuracy(logits, labels)})
         training.steps.append(Step(terms, [made]))
@@ -690,7 +700,8 @@ class TokenizerTraining:
 
     def batch(self, t):
         """The images of step t."""
-        return image_batch(self.train.images, self.train.labels, self.s.batch, self.c.seed, t)[0]
+        train, flip = self.train, self.c.tokenizer_training.flip
+        return image_batch(train.images, train.labels, self.s.batch, self.c.seed, t, flip)[0]
 
     def reconstruct(self, images, w):
         """Images as the tokenizer draws them, their codes, and the terms of the quantiser."""
@@ -707,11 +718,12 @@ class TokenizerTraining:
         """One update; the penalty counts for the steps until the next one has its turn."""
         a, w = self.c.adversarial, leaves(self.discriminator)
         loss = critic_loss(discriminate(images, w), discriminate(fake, w))
-        total = loss
+        total, clip = loss, a.clip
         if t % a.r1_every == 0:
+            clip = a.clip if a.clip_r1 else 0
             total = total + a.r1_every * a.r1 / 2 * gradient_penalty(images, w)
         optimiser = self.optimisers["discriminator"]
-        made = update("discriminator", self.discriminator, slopes(total, w), a.lr, optimiser)
+        made = update("discriminator", self.discriminator, slopes(total, w), a.lr, optimiser, clip)
         self.discriminator = made.weights
         return {"d_loss": loss}, [made]
 
@@ -739,7 +751,8 @@ class TokenizerTraining:
 
         rate = cosine(t, self.s.steps, self.s.lr, self.s.lr_end)
         optimiser = self.optimisers["tokenizer"]
-        updates.append(update("tokenizer", self.tokenizer, slopes(loss, w), rate, optimiser))
+        gradients, clip = slopes(loss, w), self.s.clip
+        updates.append(update("tokenizer", self.tokenizer, gradients, rate, optimiser, clip))
         self.tokenizer = updates[-1].weights
         self.follow(t)
         logged = {name: terms[name] for name in ("commitment", "entropy")}
@@ -808,7 +821,7 @@ def train_tokenizer(c, train, val, features, start, anew=True):
         p = c.perceptual
         return (0.0, ()) if t < p.warmup else (p.alpha, p.layers)
 
-    if anew:
+    if anew and q.start == "data":
         codes = first_codes(encoded(4 * q.codes), q.codes, c.seed)
         fit.tokenizer = fit.tokenizer | {"quantizer.codebook": codes}
     training = Training({"tokenizer": fit.tokenizer, "discriminator": fit.discriminator})
@@ -829,6 +842,8 @@ def train_transformer(c, train, val, start):
     s, seed = c.transformer_training, c.seed
     weights, training = start["transformer"], Training(start)
     decaying = [n for n, w in weights.items() if w.ndim == 2 and "embedding" not in n]
+    if s.weight_decay_on == "all":
+        decaying = list(weights)
     optimiser = Adam(s.betas, s.weight_decay, decaying)
 
     def predicted(batch, *seed):
@@ -844,7 +859,7 @@ def train_transformer(c, train, val, start):
         batch = train.codes[rows], train.labels[rows], predicted(s.batch, seed, t)
         terms = code_terms(*batch, w, c, dropout)
         rate = transformer_rate(t, s)
-        made = update("transformer", weights, slopes(terms["loss"], w), rate, optimiser)
+        made = update("transformer", weights, slopes(terms["loss"], w), rate, optimiser, s.clip)
         weights = made.weights
         training.steps.append(Step(detached(terms), [made]))
 

@@ -338,7 +338,9 @@ def tokenizer(changes, folder, val=None, first=None):
     with recording() as run:
         train_tokenizer(config, TRAIN, network, folder, val)
     start = dict(run.start)
-    if not first:  # the reference has to find the codebook itself
+    if (
+        not first and config.quantizer.start == "data"
+    ):  # the reference has to find the codebook itself
         unknown = torch.full_like(start["tokenizer"]["quantizer.codebook"], torch.nan)
         start["tokenizer"] = start["tokenizer"] | {"quantizer.codebook": unknown}
     numbers = numbers_of(config)
@@ -386,6 +388,15 @@ CASES = {
     "classifier-vgg-without-bn": (
         classifier,  # its batch is larger than the training set
         {"vgg.batch_norm": False, "vgg.head": 2, "classifier.batch": 30},
+    ),
+    "classifier-choices": (
+        classifier,
+        {
+            "classifier.momentum": 0.0,
+            "classifier.warmup": 0.5,
+            "classifier.flip": False,
+            "classifier.shift": 0.0,
+        },
     ),
     "classifier-evaluator": (
         partial(classifier, kind="evaluator"),
@@ -441,6 +452,26 @@ CASES = {
         tokenizer,
         IN_PARTS | AT_ONCE | {"quantizer.distance": "l2", "tokenizer_training.steps": 4},
     ),
+    "tokenizer-choices": (
+        tokenizer,
+        IN_PARTS
+        | AT_ONCE
+        | {
+            "autoencoder.attention": 1,
+            "autoencoder.dilation": "hit",
+            "quantizer.factors": 4,
+            "quantizer.reduction": "sum",
+            "quantizer.entropy_over": "image",
+            "quantizer.start": "normal",
+            "quantizer.kmeans_every": 2,
+            "quantizer.kmeans_buffer": 200,
+            "tokenizer_training.clip": 0.0,
+            "tokenizer_training.flip": False,
+            "tokenizer_training.steps": 4,
+            "adversarial.clip": 0.2,
+            "adversarial.clip_r1": False,
+        },
+    ),
     "tokenizer-from-another": (tokenizer, {"tokenizer_training.steps": 4}),
     "decoder": (decoder, {}),
     "decoder-two-pairs": (
@@ -451,6 +482,7 @@ CASES = {
         partial(decoder, val=VAL),
         {
             "second_phase.attention": 0,
+            "second_phase.clip": 0.5,
             "second_phase.alpha": 1.0,
             "perceptual.layers": ("relu1_2",),
             "adversarial.bound": 0.1,
@@ -461,6 +493,10 @@ CASES = {
     "ar-unconditional": (
         transformer,
         UNCONDITIONAL | NO_DROPOUT | {"transformer_training.warmup": 0},
+    ),
+    "ar-choices": (
+        transformer,
+        {"transformer_training.weight_decay_on": "all", "transformer_training.clip": 0.5},
     ),
     "ar-in-parts": (transformer, IN_PARTS | NO_DROPOUT),
     "nar": (transformer, NAR),
@@ -691,6 +727,15 @@ def test_seeds_of_the_first_weights(trained):
     assert_same(start["tokenizer"], tokenizer.state_dict() | codebook)
     assert_same(start["discriminator"], discriminator.state_dict())
     assert_same(trained("ar").run.start["transformer"], transformer.state_dict())
+
+
+def test_codebook_of_noise(trained):
+    """It stays as it was made, where it isn't to start as features."""
+    case = trained("tokenizer-choices")
+    with at_precision("double"):
+        torch.manual_seed(reference.seed_of("tokenizer", case.config.seed))
+        tokenizer = Tokenizer(case.config.autoencoder, case.config.quantizer)
+    assert_same(case.run.start["tokenizer"], tokenizer.state_dict())
 
 
 def test_spread_of_the_first_weights(trained):
