@@ -17,9 +17,11 @@ from .core import check
 from .settings import update
 
 # %% ../nbs/03_presets.ipynb #99df8ee6
+_SMALL = ("small", "tiny", "smoke")
+
+# %% ../nbs/03_presets.ipynb #445cf4da
 # What departs, in plain words -> setting -> its value in small, tiny and smoke; None: the paper's.
 # fmt: off
-_SMALL = ("small", "tiny", "smoke")
 _DEPARTURES = {
     "feature networks that are trained here, on the labels of the dataset": {
         "vgg.weights":                      ("local",         "local",        "local"),

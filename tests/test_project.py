@@ -168,7 +168,7 @@ def test_cells_are_short(path):
         lines = [line for line in source(cell).split("\n") if line.strip()]
         tree = parsed(cell)
         alone = len(tree.body) == 1 and isinstance(tree.body[0], ast.ClassDef | ast.Assign)
-        assert len(lines) <= (150 if alone else 95), cell["id"]
+        assert len(lines) <= (150 if alone else 60), cell["id"]
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, node.name

@@ -79,6 +79,7 @@ CENTRE = (0.5, 0.5)
 Rows = int | slice | Sequence[int] | torch.Tensor
 
 
+# %% ../../nbs/18_images.ipynb #f26b23d2
 @dataclass(frozen=True, eq=False)
 class LazyImages:
     """Images that are decoded when they are asked for.

@@ -236,6 +236,7 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
+# %% ../../nbs/23_quantizer.ipynb #b96cdfbe
 class Codebook(nn.Module):
     """K codes, and what features and codes have to do with each other (Equation 1).
 
@@ -306,6 +307,7 @@ class QuantizerLosses(TypedDict):
     mean_assignment: Tensor  # (K,), of the features at hand, without gradient
 
 
+# %% ../../nbs/23_quantizer.ipynb #4fb8b279
 class Quantizer(Codebook):
     """A codebook with the straight-through gradient and the losses of Equation 2 and section 3.4.
 

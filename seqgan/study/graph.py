@@ -78,6 +78,7 @@ class Stage:
     module: str = "study.study"
 
 
+# %% ../../nbs/52_graph.ipynb #eabd3f13
 STAGES = {
     "vgg": Stage(
         needs=(),

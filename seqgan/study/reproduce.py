@@ -61,6 +61,7 @@ class StudyRow:
         return f"papermill nbs/{table.notebook}.ipynb {output} {parameters}"
 
 
+# %% ../../nbs/5a_reproduce.ipynb #27159855
 def table_rows(
     table: str, preset_name: str, data: Data, seed: int = 0, row: object = ""
 ) -> list[StudyRow]:
@@ -96,6 +97,7 @@ def studies_of(
     }
 
 
+# %% ../../nbs/5a_reproduce.ipynb #38517354
 def whole_study(
     preset_name: str,
     data: str = "shapes",

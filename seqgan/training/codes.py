@@ -229,6 +229,7 @@ def extract_codes(
     return read_codes(folder, stamp.tokenizer)
 
 
+# %% ../../nbs/38_codes.ipynb #cf5503b9
 def read_codes(folder: str | Path, tokenizer: str = "") -> Codes:
     """The `Codes` in a folder.
 

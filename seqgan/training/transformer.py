@@ -129,6 +129,7 @@ def check_codes_match(config: Experiment, train: Codes, val: Codes) -> None:
     check(train.K == config.quantizer.codes, must, train.K)
 
 
+# %% ../../nbs/39_transformer.ipynb #cffe1f99
 def train_transformer(
     config: Experiment, train: Codes, val: Codes, classes: int, folder: str | Path
 ) -> dict[str, float]:
