@@ -40,8 +40,6 @@ from seqgan.settings import (
     one_of,
     paper,
 )
-from .settings import from_dict as from_dict  # read from here by other rooms
-from .settings import update as update
 
 
 # %% ../nbs/02_config.ipynb #42e2297d

@@ -33,7 +33,7 @@ from ..config import Data
 from ..core import check, progress
 from .classes import printable
 from .databases import PackedNames, Source
-from .decoding import RESIZE, decode_image  # noqa: F401
+from .decoding import decode_image
 from .folders import DRAWN, is_drawn, open_source
 from .shapes import draw_shapes, shapes_classes
 

@@ -13,7 +13,8 @@ import torch
 from ..config import MaskedSampler, Sampler
 from ..core import to_uint8
 from ..data.batches import map_batches
-from ..data.images import RESIZE, ImageSet, subset
+from ..data.decoding import RESIZE
+from ..data.images import ImageSet, subset
 from .diagnostics import tokenizer_diagnostics
 from seqgan.evaluation.metrics import (
     accuracy,

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..config import Autoencoder, from_dict
+from ..config import Autoencoder
 from ..config import Quantizer as QuantizerConfig
 from ..core import check
 from .autoencoder import Decoder, Encoder
@@ -21,6 +21,7 @@ from .features import Network, weights_digest
 from .layers import at_least_float32
 from .pretrained import Pretrained, exact_settings
 from .quantizer import Quantizer, QuantizerLosses, Reduction
+from ..settings import from_dict
 
 
 # %% ../../nbs/27_tokenizer.ipynb #ded6137a

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Transformer as TransformerConfig
-from ..config import from_dict
 from ..core import check, precision
 from .layers import attend
 from .pretrained import Pretrained, exact_settings
+from ..settings import from_dict
 
 
 # %% ../../nbs/28_transformer.ipynb #2ebabe34
