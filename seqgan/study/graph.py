@@ -26,6 +26,7 @@ from ..core import check, digest, file_digest
 from ..data.batches import check_batch
 from ..data.folders import resolve_data
 from ..data.images import count_images
+from ..models.perceptual import layer_weights
 from ..presets import preset
 from .runs import Run
 from ..training.processes import check_batch_divides
@@ -189,6 +190,7 @@ def check_enough_images(images: int, split: str, name: str) -> None:
 def check_experiment(config: Experiment) -> None:
     """Raise ValueError, which names the setting, for an experiment that its images or the number
     of processes make impossible. No image is decoded."""
+    layer_weights(config.perceptual.alpha, config.perceptual.layers)
     batches = ["tokenizer_training", "second_phase"][: config.phase]
     check_batch_divides(config, *batches, "transformer_training")
     images = count_images(config.data)
