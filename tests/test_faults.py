@@ -305,7 +305,7 @@ def test_other_code(child, copied, tmp_path):
     code = tmp_path / "code"
     result = child(sys.executable, *words, cwd=code, PYTHONPATH=str(code))
     assert result.returncode == 0, result.stdout
-    assert f"{old.name} has these settings but is of other code" in result.stdout, result.stdout
+    assert f"{old.name} has these settings but was made by other code" in result.stdout, result.stdout
     assert len(list(home.glob("runs/vgg-*"))) == 2 and before.items() <= finished(home).items()
 
 
