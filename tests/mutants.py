@@ -77,7 +77,8 @@ def run_part(part: str, module: str, project: Path, home: Path) -> subprocess.Co
     env |= {"SEQGAN_HOME": str(home), "MPLBACKEND": "agg"}
     if part == "notebook":
         part = str(notebook_of(project, module).relative_to(project))
-        code = "import sys; from nbdev.test import test_nb; sys.exit(not test_nb(sys.argv[1])[0])"
+        code = "import pathlib, sys; from nbdev.test import test_nb\n"
+        code += "sys.exit(not test_nb(pathlib.Path(sys.argv[1]))[0])"
         command = [sys.executable, "-c", code, str(project / part)]
         env["IN_TEST"] = "1"
     else:
