@@ -6,7 +6,6 @@
 __all__ = [
     "Data",
     "VGG",
-    "Evaluator",
     "Classifier",
     "Autoencoder",
     "Quantizer",
@@ -94,28 +93,10 @@ class VGG(Settings):
         return 2 ** sum(self.pools[:4])
 
 
-# %% ../nbs/02_config.ipynb #65f7282e
-@dataclass(frozen=True)
-class Evaluator(Settings):
-    "The network behind the local metrics: a residual network, never the one that supplies a loss."
-
-    weights: str = paper(
-        "inception",
-        "FID and IS are defined with Inception's ImageNet weights",
-        one_of("inception", "local"),
-    )
-    channels: int = chosen(
-        32,
-        "channels at full resolution when trained here; doubled at each of two halvings",
-        at_least(1),
-    )
-    blocks: int = chosen(2, "residual blocks per resolution", at_least(1))
-
-
 # %% ../nbs/02_config.ipynb #116d5980
 @dataclass(frozen=True)
 class Classifier(Settings):
-    "How a feature network is trained here: SGD with momentum, label smoothing, one cycle."
+    "How a perceptual network is trained here: SGD with momentum, label smoothing, one cycle."
 
     steps: int = chosen(2000, "optimiser steps", at_least(1))
     batch: int = chosen(128, "images per step", at_least(1))
@@ -465,7 +446,14 @@ class MaskedSampler(Settings):
 # %% ../nbs/02_config.ipynb #a88fdb8c
 @dataclass(frozen=True)
 class Evaluation(Settings):
-    "What the metrics are measured on. The Inception score splits the samples into ten."
+    "Who judges, and which images. The Inception score splits the samples into ten."
+
+    judge: str = paper(
+        "inception",
+        "FID and IS are defined with Inception's ImageNet weights; 'lite0' is EfficientNet-Lite0, "
+        "whose weights come with a package, 'dinov2' is DINOv2 ViT-L/14",
+        one_of("inception", "lite0", "dinov2"),
+    )
 
     samples: int = chosen(
         50_000,
@@ -555,7 +543,6 @@ class Experiment(Settings):
     phase: int = chosen(1, "the phase whose decoder draws the images", one_of(1, 2))
     data: Data = Data()
     vgg: VGG = VGG()
-    evaluator: Evaluator = Evaluator()
     classifier: Classifier = Classifier()
     autoencoder: Autoencoder = Autoencoder()
     quantizer: Quantizer = Quantizer()

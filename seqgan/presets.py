@@ -23,11 +23,13 @@ _SMALL = ("small", "tiny", "smoke")
 # What departs, in plain words -> setting -> its value in small, tiny and smoke; None: the paper's.
 # fmt: off
 _DEPARTURES = {
-    "feature networks that are trained here, on the labels of the dataset": {
+    "a perceptual network that is trained here, on the labels of the dataset": {
         "vgg.weights":                      ("local",         "local",        "local"),
         "vgg.batch_norm":                   (True,            True,           True),
         "vgg.dropout":                      (0.0,             0.0,            0.0),
-        "evaluator.weights":                ("local",         "local",        "local"),
+    },
+    "a judge whose weights are installed": {
+        "evaluation.judge":                 ("lite0",         "lite0",        "lite0"),
     },
     "smaller images, and fewer of them in tests": {
         "data.size":                        (64,              32,             16),
@@ -38,8 +40,6 @@ _DEPARTURES = {
         "vgg.width":                        (0.5,             0.1875,         0.125),
         "vgg.pools":                        ((1, 1, 1, 0, 1), (1, 1, 0, 0, 1), (1, 1, 0, 0, 1)),
         "vgg.head":                         (4,               2,              2),
-        "evaluator.channels":               (64,              16,             8),
-        "evaluator.blocks":                 (None,            None,           1),
         "autoencoder.channels":             (64,              16,             16),
         "autoencoder.multipliers":          ((1, 2, 2, 4),    (1, 2, 4),      (1, 2, 4)),
         "autoencoder.blocks":               (None,            1,              1),

@@ -22,7 +22,7 @@ import faults
 import forking
 import torchvision
 import seqgan.__main__
-import seqgan.evaluation.metrics
+import seqgan.evaluation.measurement
 from seqgan.data.images import load
 from seqgan.presets import preset
 for split in ("train", "val"):

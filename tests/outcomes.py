@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 
-KINDS = "vgg evaluator branch-point tokenizer codes decoder ar samples generation".split()
+KINDS = "vgg real branch-point tokenizer codes decoder reconstruction ar samples generation".split()
 
 
 def run_of(home, kind):

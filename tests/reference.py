@@ -374,25 +374,6 @@ def vgg(images, w, s, moments=None, dropout=None):
     return taps | {"logit": linear(x, w, "classifier.6")}
 
 
-def evaluator(images, w, s, moments=None):
-    """A residual network with pre-activation (He et al., 2016): class logits.
-
-    Three levels of `s.blocks` blocks; the first block of the second and third halves the grid.
-    """
-
-    def activated(x, name):
-        return relu(batch_norm(x, w, name, moments))
-
-    x, count = conv(images, w, "body.0", padding=1), 3 * s.blocks
-    for i in range(count):
-        name, halves = f"body.{i + 1}", i > 0 and i % s.blocks == 0
-        h = activated(x, f"{name}.norm1")
-        y = conv(h, w, f"{name}.conv1", stride=2 if halves else 1, padding=1)
-        y = conv(activated(y, f"{name}.norm2"), w, f"{name}.conv2", padding=1)
-        x = y + (conv(h, w, f"{name}.skip", stride=2) if halves else x)
-    return linear(activated(x, f"body.{count + 1}").mean((2, 3)), w, "head")
-
-
 def perceptual_terms(fake, real, w, s, alpha, layers):
     """Equation 3: the squared distance of features over H W C, summed over `low` and `sem` layers.
 
@@ -654,15 +635,13 @@ def detached(terms):
     return {name: float(torch.as_tensor(value).detach()) for name, value in terms.items()}
 
 
-def train_classifier(c, network, train, val, start):
-    """A feature network on labels: `network` is "vgg" or "evaluator"."""
+def train_classifier(c, train, val, start):
+    """A perceptual network on labels."""
     s, seed, weights, training = c.classifier, c.seed, start["net"], Training(start)
     optimiser = Nesterov(s.momentum, s.weight_decay)
 
     def logits_of(images, w, moments=None, dropout=None):
-        if network == "vgg":
-            return vgg(images, w, c.vgg, moments, dropout)["logit"]
-        return evaluator(images, w, c.evaluator, moments)
+        return vgg(images, w, c.vgg, moments, dropout)["logit"]
 
     for t in range(s.steps):
         size = min(s.batch, len(train.images))

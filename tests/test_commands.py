@@ -45,7 +45,7 @@ def check_record(record, dataset):
     places = [(c["table"], c["row"]) for c in record["cells"]]
     assert places == [("figure6", "alpha 1"), ("table6", "sem"), ("figure8", "phase 1")]
     assert {c["column"] for c in record["cells"]} == {record["transformer"].upper()}
-    expected = {"rFID-local", "PSNR", "usage", "perplexity", "low", "sem", "class_accuracy"}
+    expected = {"rFID-lite0", "PSNR", "usage", "perplexity", "low", "sem", "class_accuracy"}
     assert expected <= set(record["metrics"]["tokenizer"])
     names = {name for metrics in record["metrics"].values() for name in metrics}
     assert not names & {"FID", "rFID", "IS"}  # those names belong to Inception
@@ -143,7 +143,7 @@ def test_settings_may_be_set_one_by_one(child):
         (["--set", "seed=1", "seed=2"], "a setting must be given once, got 'seed'"),
         (["--set", "quantizer.codes=many"], "quantizer.codes must be an integer, got 'many'"),
         (["--set", "quantizer.codez=8"], "codez"),
-        (["--until", "decoder"], "--until must be one of vgg, evaluator, branch-point"),
+        (["--until", "decoder"], "--until must be one of vgg, real, branch-point"),
     ],
 )
 def test_what_cannot_work_is_said_first(child, tmp_path, words, sentence):

@@ -305,7 +305,8 @@ def test_other_code(child, copied, tmp_path):
     code = tmp_path / "code"
     result = child(sys.executable, *words, cwd=code, PYTHONPATH=str(code))
     assert result.returncode == 0, result.stdout
-    assert f"{old.name} has these settings but was made by other code" in result.stdout, result.stdout
+    other_code = f"{old.name} has these settings but was made by other code"
+    assert other_code in result.stdout, result.stdout
     assert len(list(home.glob("runs/vgg-*"))) == 2 and before.items() <= finished(home).items()
 
 
@@ -387,7 +388,7 @@ def test_not_finite(forked, copied, kind, model, before):
 
     After ten in a row a sentence; the same command resumes from the last checkpoint.
     """
-    home = copied(before or "evaluator")
+    home = copied(before or "real")
     if before is None:
         shutil.rmtree(run_of(home, "vgg"))
     first = 5 if kind == "tokenizer" else 2  # the tokenizer begins at the branch point, step 4

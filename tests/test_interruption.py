@@ -28,7 +28,7 @@ LONG_AR = ["train", "--phase", "2", "--set", *SETTINGS, LONGER, "--until", "ar"]
 SAVES_AR = "rename ar/.part-N$"
 STAGES = [
     "open vgg/log",
-    "rename evaluator/.part-N$",
+    "rename real/.part-N$",
     "open branch-point/log",
     "rename tokenizer/.part-N/",
     "codes/train/.codes.json",

@@ -12,7 +12,14 @@ import torch
 
 from seqgan.core import to_float, to_uint8
 from seqgan.data.batches import map_batches
-from seqgan.evaluation.metrics import fid, inception_score, psnr
+from seqgan.evaluation.metrics import (
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    psnr,
+    sliced_wasserstein,
+)
+from seqgan.evaluation.probes import class_accuracy, fit_classes
 from seqgan.evaluation.protocol import balanced_labels, balanced_subset
 from seqgan.models.features import weights_digest
 from seqgan.models.perceptual import PerceptualLoss
@@ -65,33 +72,46 @@ def phase_one(study):
 
 
 def test_networks(studies):
-    "The loss is the VGG's, the metrics are the evaluator's: both are in the record."
+    "The loss is the VGG's, the metrics are the judge's: both are in the record."
     study, record = studies["AR"]
-    vgg, evaluator = study.vgg, study.evaluator
+    vgg, judge = study.vgg, study.judge
     assert record["networks"]["vgg"]["weights"] == weights_digest(vgg)
     assert record["networks"]["tokenizer"]["weights"] == weights_digest(study.tokenizer)
-    extractor = record["protocol"]["generation"]["extractor"]
-    assert extractor["sha256"] == weights_digest(evaluator) != weights_digest(vgg)
+    judged = record["protocol"]["generation"]["judge"]
+    assert judged["sha256"] == weights_digest(judge.network) != weights_digest(vgg)
+
+
+def fid(judge, images, reference):
+    return frechet_distance(judge.see(images).features, judge.see(reference).features)
+
+
+def probe_accuracy(study, images, labels):
+    "A linear probe on the judge's features of the balanced training images, fitted here."
+    rows = balanced_subset(study.train.labels, study.config.evaluation.reference)
+    known = study.judge.see(study.train.images[rows]).features
+    probe = fit_classes(known, study.train.labels[rows], len(study.classes))
+    return class_accuracy(probe, study.judge.see(images).features, labels)
 
 
 def test_reconstruction(studies):
-    "rFID, PSNR and accuracy: phase two's decoder, the validation images and their labels."
+    "Distances, PSNR and accuracy: phase two's decoder, the validation images and their labels."
     study, record = studies["AR"]
-    evaluator, found = study.evaluator, record["metrics"]["tokenizer"]
+    judge, found = study.judge, record["metrics"]["tokenizer"]
     val, train = study.val.images, study.train.images[: len(study.val)]
     fake = reconstructions(study.tokenizer, val)
-    assert close(found["rFID-local"], fid(fake, val, evaluator))
+    seen, real = judge.see(fake).features, judge.see(val).features
+    assert close(found["rFID-lite0"], frechet_distance(seen, real))
+    assert close(found["rKID-lite0"], kernel_distance(seen, real)[0])
+    assert close(found["rSWD"], sliced_wasserstein(fake, val))
     assert close(found["PSNR"], psnr(fake, val))
     wrong = {
-        "training images": fid(reconstructions(study.tokenizer, train), train, evaluator),
-        "other reference": fid(fake, train, evaluator),
-        "phase one": fid(reconstructions(phase_one(study), val), val, evaluator),
+        "training images": fid(judge, reconstructions(study.tokenizer, train), train),
+        "other reference": fid(judge, fake, train),
+        "phase one": fid(judge, reconstructions(phase_one(study), val), val),
     }
     for choice, value in wrong.items():
-        assert not close(found["rFID-local"], value), choice
-    _, logits = evaluator(to_float(fake))
-    correct = (logits.argmax(1) == study.val.labels).float().mean().item()
-    assert found["class_accuracy"] == pytest.approx(correct, abs=1e-6)
+        assert not close(found["rFID-lite0"], value), choice
+    assert close(found["class_accuracy"], probe_accuracy(study, fake, study.val.labels))
 
 
 def test_diagnostics(studies):
@@ -201,34 +221,49 @@ def map_codes(tokenizer, codes):
 
 @pytest.mark.parametrize("kind", ["AR", "NAR"])
 def test_generation(studies, kind):
-    "FID and IS: all samples, against the balanced training images; accuracy: the labels asked for."
+    "All samples, against the balanced training images; accuracy: the labels asked for."
     study, record = studies[kind]
-    c, evaluator = study.config, study.evaluator
+    c, judge = study.config, study.judge
     fake, found = study.samples(c.evaluation.samples), record["metrics"]["generation"]
     assert len(fake) == c.evaluation.samples
     rows = balanced_subset(study.train.labels, c.evaluation.reference)
     reference = study.train.images[rows]
     assert len(reference) == c.evaluation.reference
-    assert close(found["FID-local"], fid(fake, reference, evaluator))
-    assert close(found["IS-local"], inception_score(fake, evaluator))
+    seen, real = judge.see(fake), judge.see(reference)
+    assert close(found["FID-lite0"], frechet_distance(seen.features, real.features))
+    assert close(found["KID-lite0"], kernel_distance(seen.features, real.features)[0])
+    assert close(found["SWD"], sliced_wasserstein(fake, reference))
+    assert close(found["IS-lite0"], inception_score(seen.logits))
     wrong = {
         "validation images": study.val.images,
         "all training images": study.train.images,
     }
     for choice, images in wrong.items():
-        assert not close(found["FID-local"], fid(fake, images, evaluator)), choice
-    _, logits = evaluator(to_float(fake))
+        assert not close(found["FID-lite0"], fid(judge, fake, images)), choice
     labels = balanced_labels(len(fake), len(study.classes))
-    correct = (logits.argmax(1) == labels).float().mean().item()
-    assert found["class_accuracy"] == pytest.approx(correct, abs=1e-6)
+    assert close(found["class_accuracy"], probe_accuracy(study, fake, labels))
+    nearest = [
+        torch.cdist(features, real.features).min(1).values.median()
+        for features in (seen.features, judge.see(study.val.images).features)
+    ]
+    assert close(found["memorisation"], (nearest[0] / nearest[1]).item())
 
 
-def test_seed_reaches_all_but_the_feature_networks(studies):
-    "Another seed: another tokenizer, transformer and samples; the feature networks are shared."
+def test_floors(studies):
+    "The floors are those of validation images against the training images of generation."
+    study, record = studies["AR"]
+    judge, floors = study.judge, record["floors"]
+    rows = balanced_subset(study.train.labels, study.config.evaluation.reference)
+    assert close(floors["FID-lite0"], fid(judge, study.val.images, study.train.images[rows]))
+    accuracy = probe_accuracy(study, study.val.images, study.val.labels)
+    assert close(floors["class_accuracy"], accuracy)
+
+
+def test_seed_reaches_all_but_the_perceptual_network(studies):
+    "Another seed: another tokenizer, transformer and samples; the perceptual network is shared."
     study, _ = studies["AR"]
     other = Study(preset("smoke", CHANGES | {"seed": 1}))
     assert weights_digest(other.vgg) == weights_digest(study.vgg)
-    assert weights_digest(other.evaluator) == weights_digest(study.evaluator)
     for network in ("tokenizer", "transformer"):
         assert weights_digest(getattr(other, network)) != weights_digest(getattr(study, network))
     n = study.config.evaluation.samples

@@ -80,7 +80,7 @@ def test_command(child, tmp_path):
     assert two.returncode == 0, two.stdout[-3000:]
     (record,) = (tmp_path / "home" / "reports" / "results").rglob("*.json")
     measured = json.loads(record.read_text())["metrics"]["generation"]
-    assert measured.keys() >= {"FID-local", "IS-local", "class_accuracy"}
+    assert measured.keys() >= {"FID-lite0", "IS-lite0", "class_accuracy"}
     again = child(sys.executable, "-m", "seqgan", *words, **CPU)
     assert again.returncode == 0, again.stdout[-3000:]
     assert ": started" not in again.stdout and "to do" not in again.stdout, again.stdout[-3000:]

@@ -27,7 +27,7 @@ from torch import nn
 from seqgan.core import precision
 from seqgan.data.images import ImageSet
 from seqgan.models.discriminator import Discriminator
-from seqgan.models.features import VGG, Evaluator
+from seqgan.models.features import VGG
 from seqgan.models.pretrained import Pretrained
 from seqgan.models.quantizer import chunks
 from seqgan.models.tokenizer import Tokenizer
@@ -59,7 +59,6 @@ TOY = {  # so small that a step takes some hundredths of a second
     "seed": 5,
     "vgg.width": 0.0625,
     "vgg.head": 1,
-    "evaluator.channels": 8,
     "classifier.steps": 6,
     "classifier.batch": 8,
     "autoencoder.channels": 8,
@@ -132,11 +131,10 @@ TRAIN, VAL = image_set(21, 1), image_set(10, 2)  # two batches of eight an epoch
 TRAIN_CODES, VAL_CODES = code_set(30, 3), code_set(70, 4)  # validation is by batches of 64
 
 
-def feature_network(kind, config):
+def feature_network(config):
     """A feature network whose batch normalisation has moments to go by."""
     torch.manual_seed(config.seed)
-    model, own = (VGG, config.vgg) if kind == "vgg" else (Evaluator, config.evaluator)
-    network = model(own, len(CLASSES))
+    network = VGG(config.vgg, len(CLASSES))
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.2)
@@ -146,7 +144,7 @@ def feature_network(kind, config):
 
 def perceptual_network(config):
     """A VGG whose logits are as large as its other features, as those of a trained one are."""
-    network = feature_network("vgg", config)
+    network = feature_network(config)
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, nn.Linear):
@@ -319,14 +317,14 @@ class Case:
             self.run.final[model] = in_double(load_file(file))
 
 
-def classifier(changes, folder, kind="vgg"):
+def classifier(changes, folder):
     """A feature network."""
     config = settings(changes)
-    network = feature_network(kind, config)
+    network = feature_network(config)
     with recording() as run:
         result = train_classifier(network, config.classifier, TRAIN, VAL, folder, config.seed)
     run.numbers = {"accuracy": result["accuracy"]}
-    expected = reference.train_classifier(numbers_of(config), kind, TRAIN, VAL, run.start)
+    expected = reference.train_classifier(numbers_of(config), TRAIN, VAL, run.start)
     return Case(config, run, expected, folder)
 
 
@@ -398,10 +396,7 @@ CASES = {
             "classifier.shift": 0.0,
         },
     ),
-    "classifier-evaluator": (
-        partial(classifier, kind="evaluator"),
-        {"classifier.smoothing": 0.2, "evaluator.blocks": 2},
-    ),
+    "classifier-smooth": (classifier, {"classifier.smoothing": 0.2, "vgg.batch_norm": True}),
     "tokenizer-sem": (tokenizer, {"adversarial.bound": 1e6}),
     "tokenizer-low": (
         partial(tokenizer, val=VAL),
@@ -669,7 +664,7 @@ def assert_optimizer(case, model, kind, *groups, **wanted):
 PLAIN_ADAM = {"eps": 1e-8, "amsgrad": False, "maximize": False}
 
 
-@pytest.mark.parametrize("name", ["classifier-vgg", "classifier-evaluator"])
+@pytest.mark.parametrize("name", ["classifier-vgg", "classifier-smooth"])
 def test_optimizer_of_feature_networks(trained, name):
     """SGD with Nesterov's momentum, and decay of all parameters."""
     case = trained(name)
@@ -847,7 +842,7 @@ def test_averages_differ_from_the_last_weights(trained):
 
 # The precisions of users
 
-REAL = ("classifier-evaluator", "tokenizer-sem", "decoder", "ar", "nar")
+REAL = ("classifier-smooth", "tokenizer-sem", "decoder", "ar", "nar")
 
 
 def first_updates(case):

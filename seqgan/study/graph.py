@@ -57,7 +57,6 @@ _phase_one = _pick(
     "seed",
     "data",
     "vgg",
-    "evaluator",
     "classifier",
     "autoencoder",
     "quantizer",
@@ -87,11 +86,13 @@ STAGES = {
         when=lambda config: config.vgg.weights == "local",
         module="training.features",
     ),
-    "evaluator": Stage(
+    "real": Stage(
         needs=(),
-        settings=_pick("data", "evaluator", "classifier"),
-        when=lambda config: config.evaluator.weights == "local",
-        module="training.features",
+        settings=lambda config: (
+            _pick("data")(config)
+            | {"judge": config.evaluation.judge, "reference": config.evaluation.reference}
+        ),
+        module="evaluation.measurement",
     ),
     "branch-point": Stage(
         needs=("vgg",),
@@ -100,7 +101,7 @@ STAGES = {
         module="training.tokenizer",
     ),
     "tokenizer": Stage(
-        needs=("vgg", "evaluator", "branch-point"),
+        needs=("vgg", "branch-point"),
         settings=_phase_one,
     ),
     "codes": Stage(
@@ -108,9 +109,14 @@ STAGES = {
         settings=lambda config: {"flip": config.transformer_training.flip},
     ),
     "decoder": Stage(
-        needs=("vgg", "evaluator", "tokenizer"),
+        needs=("vgg", "tokenizer"),
         settings=_pick("second_phase"),
         when=lambda config: config.phase == 2,
+    ),
+    "reconstruction": Stage(
+        needs=("vgg", "real", "tokenizer", "decoder"),
+        settings=lambda config: {},
+        module="evaluation.measurement",
     ),
     "ar": Stage(
         needs=("codes",),
@@ -130,8 +136,8 @@ STAGES = {
         },
     ),
     "generation": Stage(
-        needs=("evaluator", "tokenizer", "decoder", "samples"),
-        settings=lambda config: {"reference": config.evaluation.reference},
+        needs=("real", "tokenizer", "decoder", "samples"),
+        settings=lambda config: {},
     ),
 }
 

@@ -132,7 +132,7 @@ def _networks(study: Study) -> dict[str, dict]:
     "The networks by hash, and how well those that were trained here classify."
     return {
         "vgg": study.metrics("vgg") | {"weights": weights_digest(study.vgg)},
-        "evaluator": study.metrics("evaluator"),
+        "judge": study.judge.description(),
         "tokenizer": {"weights": weights_digest(study.tokenizer)},
     }
 
@@ -148,15 +148,20 @@ def _curves(folder: Path) -> list[dict]:
 
 def record_study(study: Study) -> dict:
     "Compute what is missing of a study and write its record. Returns it, its path under `file`."
-    study.run("generation")  # which needs all others
+    study.run("reconstruction")
+    study.run("generation")  # these two need all others
     config, kind = study.config, transformer_kind(study.config)
     finished = {name: read_metrics(run.folder) for name, run in study.plan.items()}
+    trained = "decoder" if config.phase == 2 else "tokenizer"
     runs = {
-        "tokenizer": "decoder" if config.phase == 2 else "tokenizer",
-        "transformer": kind,
-        "generation": "generation",
+        "tokenizer": (trained, "reconstruction"),
+        "transformer": (kind,),
+        "generation": ("generation",),
     }
-    metrics = {name: dict(finished[run]["metrics"]) for name, run in runs.items()}
+    metrics = {
+        name: {k: v for run in kinds for k, v in finished[run]["metrics"].items()}
+        for name, kinds in runs.items()
+    }
     protocol = {
         "reconstruction": metrics["tokenizer"].pop("protocol"),
         "generation": metrics["generation"].pop("protocol"),
@@ -177,6 +182,7 @@ def record_study(study: Study) -> dict:
         "networks": _networks(study),
         "protocol": protocol,
         "protocol_id": _protocol_ids(protocol),
+        "floors": study.metrics("real"),
         "curves": _curves(study.run(kind)),
         "seconds": {name: found["seconds"] for name, found in finished.items()},
         "hardware": last["hardware"],
@@ -192,7 +198,7 @@ def record_study(study: Study) -> dict:
 
 # %% ../../nbs/56_records.ipynb #95236d04
 _FIELDS = ("preset", "cells", "seed", "alpha", "phase", "transformer", "dataset", "metrics")
-_FIELDS += ("protocol_id", "curves", "seconds", "hardware", "revision")
+_FIELDS += ("floors", "protocol_id", "curves", "seconds", "hardware", "revision")
 
 
 def records(folder: Path | None = None) -> list[dict]:
@@ -223,6 +229,10 @@ def records(folder: Path | None = None) -> list[dict]:
 
 
 # %% ../../nbs/56_records.ipynb #c53b1253
+_RECONSTRUCTION = ("rFID", "rFD", "rKID", "rKD", "rSWD")
+_GENERATION = ("FID", "FD", "KID", "KD", "SWD", "IS", "memorisation")
+
+
 def _line(record: dict) -> dict[str, object]:
     "A record in one line: which experiment, its metrics under honest names, where they are from."
     tokenizer, transformer, generation = (
@@ -230,8 +240,8 @@ def _line(record: dict) -> dict[str, object]:
     )
     line = {"dataset": record["dataset"]["label"]}
     line |= {k: record[k] for k in ("preset", "seed", "alpha", "transformer", "phase")}
-    line |= {k: v for k, v in tokenizer.items() if k.startswith("rFID")}
-    line |= {k: v for k, v in generation.items() if k.startswith(("FID", "IS"))}
+    line |= {k: v for k, v in tokenizer.items() if k.startswith(_RECONSTRUCTION)}
+    line |= {k: v for k, v in generation.items() if k.startswith(_GENERATION)}
     line |= {k: transformer[k] for k in ("val_loss", "val_accuracy")}
     names = {"PSNR": "PSNR", "L1": "l1", "L_low": "low", "L_sem": "sem"}
     names |= {"usage": "usage", "perplexity": "perplexity"}
@@ -239,6 +249,7 @@ def _line(record: dict) -> dict[str, object]:
     for what, metrics in (("reconstruction", tokenizer), ("generation", generation)):
         if "class_accuracy" in metrics:
             line[f"{what} class_accuracy"] = metrics["class_accuracy"]
+    line |= {f"real {name}": value for name, value in record["floors"].items()}
     return line | {
         "protocol": "+".join(record["protocol_id"].values()),
         "minutes": sum(record["seconds"].values()) / 60,

@@ -27,8 +27,8 @@ def _sources(panel: Panel) -> dict[str, str]:
 def _markdown(title: str, found: list[Panel]) -> str:
     "All panels of a table."
     text = [
-        f"**{title}.** A metric that ends in `-local` is measured with a network that was trained "
-        "here: it compares within its table and with nothing else."
+        f"**{title}.** A metric whose name has a suffix is measured by another judge than "
+        "Inception: it compares within its table and with nothing else."
     ]
     for panel in found:
         sources = _sources(panel)

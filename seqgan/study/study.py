@@ -9,11 +9,12 @@ __all__ = [
     "Study",
     "computes",
     "train_vgg",
-    "train_evaluator",
+    "look_at_real",
     "write_card",
     "train_until_branch_point",
     "train_phase_one",
     "train_phase_two",
+    "measure_reconstructions",
     "compute_codes",
     "train_on_codes",
     "draw_balanced_samples",
@@ -34,8 +35,16 @@ from safetensors.torch import load_file
 from ..config import Data, Experiment
 from ..core import check, device, print_main, to_float, to_uint8, write_text
 from ..data.images import ImageSet, load
+from ..evaluation.judges import Judge
+from seqgan.evaluation.measurement import (
+    RealImages,
+    look_at_real_images,
+    measure_generation,
+    measure_reconstruction,
+)
+from ..evaluation.protocol import balanced_labels
 from ..models.cards import model_card
-from ..models.features import VGG, Evaluator, imagenet_vgg
+from ..models.features import VGG, imagenet_vgg
 from ..models.perceptual import PerceptualLoss
 from ..models.tokenizer import Tokenizer
 from ..models.transformer import Transformer, to_inference_dtype
@@ -96,8 +105,8 @@ class Study:
         "Find or fetch them before anything is trained: the end of a long run is a bad moment."
         if self.config.vgg.weights == "imagenet":
             self.vgg  # noqa: B018
-        if self.config.evaluator.weights == "inception":
-            self.evaluator  # noqa: B018
+        if self.config.evaluation.judge != "lite0":
+            self.judge  # noqa: B018
 
     def metrics(self, kind: str) -> dict:
         "What a run measured; empty for a network that is not trained here."
@@ -140,18 +149,19 @@ class Study:
         settings = self.config.vgg
         if settings.weights == "imagenet":
             return imagenet_vgg().to(device())
-        return _load_network(VGG(settings, len(self.classes)), self.run("vgg"))
+        vgg = VGG(settings, len(self.classes))
+        vgg.load_state_dict(load_file(self.run("vgg") / "model.safetensors"))
+        return vgg.freeze().to(device())
 
     @cached_property
-    def evaluator(self) -> Evaluator | str:
-        "The frozen evaluation network, or 'inception'."
-        settings = self.config.evaluator
-        if settings.weights == "inception":
-            from seqgan.evaluation.metrics import inception_weights
+    def judge(self) -> Judge:
+        "The public network that says how good an image is."
+        return Judge(self.config.evaluation.judge)
 
-            inception_weights()
-            return "inception"
-        return _load_network(Evaluator(settings, len(self.classes)), self.run("evaluator"))
+    @cached_property
+    def real(self) -> RealImages:
+        "What the judge sees of real images."
+        return RealImages.load(self.run("real") / "real.safetensors")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -187,12 +197,6 @@ class Study:
         return self.decode(codes[:n])
 
 
-# %% ../../nbs/54_study.ipynb #bf58ba44
-def _load_network(network: VGG | Evaluator, folder: Path) -> VGG | Evaluator:
-    network.load_state_dict(load_file(folder / "model.safetensors"))
-    return network.freeze().to(device())
-
-
 # %% ../../nbs/54_study.ipynb #c63e6d72
 COMPUTE: dict[str, Callable[[Study, Path], dict]] = {}
 
@@ -208,29 +212,32 @@ def computes(*kinds: str) -> Callable:
 
 
 # %% ../../nbs/54_study.ipynb #c95f2b2e
-def _train_network(study: Study, folder: Path, network: type, settings: object, seed: int) -> dict:
-    check(
-        len(study.classes) > 1,
-        "a feature network that is trained on labels needs at least two class folders of images",
-        study.config.data.name,
-        "Without labels use a preset with public weights "
-        "(vgg.weights = 'imagenet', evaluator.weights = 'inception').",
-    )
-    torch.manual_seed(seed)
-    network = network(settings, len(study.classes)).to(device())
-    return train_classifier(network, study.config.classifier, study.train, study.val, folder, seed)
-
-
 @computes("vgg")
 def train_vgg(study: Study, folder: Path) -> dict:
     "The perceptual network, the same for all seeds of a study."
-    return _train_network(study, folder, VGG, study.config.vgg, seed=0)
+    config, seed = study.config, 0
+    check(
+        len(study.classes) > 1,
+        "a perceptual network that is trained on labels needs at least two class folders of images",
+        config.data.name,
+        "Without labels use one that is there already (vgg.weights = 'imagenet').",
+    )
+    torch.manual_seed(seed)
+    vgg = VGG(config.vgg, len(study.classes)).to(device())
+    return train_classifier(vgg, config.classifier, study.train, study.val, folder, seed)
 
 
-@computes("evaluator")
-def train_evaluator(study: Study, folder: Path) -> dict:
-    "The evaluation network, the same for all seeds of a study."
-    return _train_network(study, folder, Evaluator, study.config.evaluator, seed=1)
+@computes("real")
+def look_at_real(study: Study, folder: Path) -> dict:
+    "What the judge sees of real images; returns floors and ceilings of what is measured later."
+
+    def look() -> dict:
+        reference = study.config.evaluation.reference
+        real, floors = look_at_real_images(study.judge, study.train, study.val, reference)
+        real.save(folder / "real.safetensors")
+        return floors
+
+    return on_main(look)
 
 
 # %% ../../nbs/54_study.ipynb #f89d4807
@@ -272,34 +279,33 @@ def train_until_branch_point(study: Study, folder: Path) -> dict:
     return metrics
 
 
-def _measured(study: Study, folder: Path) -> dict:
-    "What the tokenizer in a folder does to the validation images."
-    from seqgan.evaluation.measurement import measure_reconstruction
-
-    tokenizer = Tokenizer.from_pretrained(folder / "model").to(device())
-    loss = PerceptualLoss(study.vgg, study.config.perceptual)
-    return measure_reconstruction(tokenizer, loss, study.evaluator, study.val)
-
-
 @computes("tokenizer")
 def train_phase_one(study: Study, folder: Path) -> dict:
-    "Phase one, and what its tokenizer does to the validation images."
+    "Phase one."
     config = study.config
     start = study.run("branch-point") / "end" if config.perceptual.warmup else None
-    metrics = train_tokenizer(config, study.train, study.vgg, folder, study.val, start=start)
-    metrics |= on_main(lambda: _measured(study, folder))
-    on_main(lambda: write_card(study, folder, "tokenizer", metrics))
-    return metrics
+    return train_tokenizer(config, study.train, study.vgg, folder, study.val, start=start)
 
 
 @computes("decoder")
 def train_phase_two(study: Study, folder: Path) -> dict:
     "Phase two: the same codes, another decoder."
     first = study.run("tokenizer") / "model"
-    metrics = train_decoder(study.config, first, study.train, study.vgg, folder, study.val)
-    metrics |= on_main(lambda: _measured(study, folder))
-    on_main(lambda: write_card(study, folder, "decoder", metrics))
-    return metrics
+    return train_decoder(study.config, first, study.train, study.vgg, folder, study.val)
+
+
+@computes("reconstruction")
+def measure_reconstructions(study: Study, folder: Path) -> dict:
+    "What the tokenizer, with the decoder of this study's phase, does to the validation images."
+    kind = "tokenizer" if study.config.phase == 1 else "decoder"
+    loss = PerceptualLoss(study.vgg, study.config.perceptual)
+
+    def measure() -> dict:
+        return measure_reconstruction(study.tokenizer, loss, study.judge, study.real, study.val)
+
+    found = on_main(measure)
+    on_main(lambda: write_card(study, study.run(kind), kind, study.metrics(kind) | found))
+    return found
 
 
 # %% ../../nbs/54_study.ipynb #aa87bb26
@@ -334,8 +340,6 @@ def train_on_codes(study: Study, folder: Path) -> dict:
 @computes("samples")
 def draw_balanced_samples(study: Study, folder: Path) -> dict:
     "Codes drawn from the transformer, equally many for each class."
-    from seqgan.evaluation.protocol import balanced_labels
-
     config = study.config
     labels = balanced_labels(config.evaluation.samples, len(study.classes))
     transformer = to_inference_dtype(study.transformer)
@@ -346,9 +350,6 @@ def draw_balanced_samples(study: Study, folder: Path) -> dict:
 @computes("generation")
 def measure_samples(study: Study, folder: Path) -> dict:
     "The samples as images, decoded by this study's phase and measured."
-    from seqgan.evaluation.measurement import measure_generation
-    from seqgan.evaluation.protocol import balanced_labels
-
     config = study.config
     kind, n = transformer_kind(config), config.evaluation.samples
     study.transformer.expect_tokenizer(study.tokenizer.codes_digest())
@@ -358,9 +359,9 @@ def measure_samples(study: Study, folder: Path) -> dict:
         return measure_generation(
             study.samples(n),
             balanced_labels(n, len(study.classes)),
+            study.judge,
+            study.real,
             study.train,
-            config.evaluation.reference,
-            study.evaluator,
             sampler_of(config),
             config.seed,
         )

@@ -39,9 +39,12 @@ def example_record(
     base = preset("smoke")
     config = preset("smoke", changes | transformer_columns(base)[column] | {"seed": seed})
     alpha = config.perceptual.alpha
-    tokenizer = {"rFID-local": 2 + (alpha - 0.4) ** 2 + seed / 10, "PSNR": 20.0, "usage": 1.0}
+    tokenizer = {"rFID-lite0": 2 + (alpha - 0.4) ** 2 + seed / 10, "rKID-lite0": 0.1, "rSWD": 5.0}
+    tokenizer |= {"PSNR": 20.0, "usage": 1.0}
     tokenizer |= {"l1": 0.1, "low": 0.2, "sem": 0.3 - alpha / 10, "perplexity": 200.0}
-    generation = {"FID-local": 9 - 2 * alpha + seed, "IS-local": 3.0}
+    generation = {"FID-lite0": 9 - 2 * alpha + seed, "KID-lite0": 0.3 - 0.1 * alpha, "SWD": 9.0}
+    generation |= {"IS-lite0": 3.0, "memorisation": 1.0}
+    floors = {"FID-lite0": 1.0, "KID-lite0": 0.0, "SWD": 4.0, "class_accuracy": 0.6}
     for made_up in (tokenizer, generation):
         made_up["class_accuracy"] = 0.4
         made_up.update({name: metrics[name] for name in made_up.keys() & metrics.keys()})
@@ -58,6 +61,7 @@ def example_record(
             "transformer": {"val_loss": 4 - alpha, "val_accuracy": 0.1},
             "generation": generation,
         },
+        "floors": floors,
         "protocol_id": {"reconstruction": protocol, "generation": protocol},
         "curves": [
             {"step": step, "loss": 5.0 - alpha, "val_loss": 4 - alpha + 1 / step}
@@ -82,14 +86,26 @@ class Panel:
 
     @cached_property
     def rfid(self) -> str:
-        "The name of reconstruction FID here: 'rFID' or 'rFID-local'."
-        names = [name for name in self.lines if name.startswith("rFID")]
+        "The name of reconstruction FID here: 'rFID', 'rFID-lite0' or 'rFD-DINOv2'."
+        names = [name for name in self.lines if name.startswith(("rFID", "rFD"))]
         return next(name for name in names if self.lines[name].notna().any())
 
     @property
     def fid(self) -> str:
         "The name of generation FID here."
         return self.rfid.removeprefix("r")
+
+    @property
+    def kid(self) -> str:
+        "The name of the kernel distance of generated images here."
+        return self.fid.replace("FID", "KID").replace("FD-", "KD-")
+
+    @property
+    def floors(self) -> pd.Series:
+        "What real validation images reach, by metric."
+        first = self.lines.iloc[0]
+        real = first[[name for name in self.lines if name.startswith("real ")]].dropna()
+        return real.rename(lambda name: name.removeprefix("real "))
 
     @property
     def title(self) -> str:
@@ -143,11 +159,22 @@ def summary(panel: Panel) -> pd.DataFrame:
             if name in panel.paper:
                 rows[row][f"paper {name}"] = panel.paper[name].get(row, float("nan"))
             rows[row] |= _statistics(ours, values)
-        for name in ("PSNR", "L_low", "L_sem", "reconstruction class_accuracy"):
+        others = (
+            "PSNR",
+            "L_low",
+            "L_sem",
+            f"r{panel.kid}",
+            "rSWD",
+            "reconstruction class_accuracy",
+        )
+        for name in others:
             if name in tokenizer:
                 rows[row] |= _statistics(name, tokenizer[name])
         for column, part in of.items():
-            rows[row] |= _statistics(f"{column} val_loss", part.val_loss)
+            for name in (panel.kid, "SWD", "generation class_accuracy", "val_loss"):
+                if name in part:
+                    short = name.removeprefix("generation ")
+                    rows[row] |= _statistics(f"{column} {short}", part[name])
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -157,7 +184,7 @@ def rank_correlations(summary: pd.DataFrame, at_least: int = 4) -> dict[str, flo
     found = {}
     for name in summary:
         metric = name.removeprefix("paper ")
-        ours = next((c for c in (metric, f"{metric}-local") if c in summary), None)
+        ours = next((c for c in summary if c == metric or c.startswith(f"{metric}-")), None)
         if metric == name or ours is None:
             continue
         ranks = summary[[name, ours]].dropna().rank()
@@ -238,6 +265,8 @@ def panel_markdown(panel: Panel) -> str:
     others = [n for n in means if not n.startswith("paper ") and n not in measured.values()]
     lines = [[label, *(_cell(row, name) for name in others)] for label, row in part.iterrows()]
     text.append(markdown_table(["", *others], lines))
+    floors = ", ".join(f"{name} {value:.3g}" for name, value in panel.floors.items())
+    text.append(f"Real validation images, measured as if they had been generated: {floors}.")
     ranks = [f"{metric} {value:.2f}" for metric, value in rank_correlations(part).items()]
     if ranks:
         words = "Rank correlation with the paper's rows (1: its order, -1: reversed)"
