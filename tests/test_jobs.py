@@ -1,0 +1,180 @@
+"""`seqgan reproduce --jobs`: several experiments at once, at preset `smoke`.
+
+What a schedule does with processes that fail is tested in nbs/3a_jobs.ipynb, with quick ones.
+"""
+
+import os
+import re
+import shutil
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from faults import FAULTS
+from forking import Forked
+from outcomes import results
+
+EXPERIMENTS = [("phase 1", "AR"), ("phase 1", "NAR"), ("phase 2", "AR")]
+TWO = ["--jobs", "2"]
+
+
+def reproduce(words, steps=None):
+    "`seqgan reproduce` of three experiments that share a tokenizer."
+    from dataclasses import replace
+
+    from seqgan import __main__ as cli
+    from seqgan.config import Data
+    from seqgan.settings import update
+    from seqgan.study.reproduce import table_rows
+
+    found = {row.name: row for row in table_rows("figure8", "smoke", Data())}
+    changes = {"transformer_training.steps": steps} if steps else {}
+    cli.whole_study = lambda *_: [
+        replace(found[row], experiments={column: update(found[row].experiments[column], changes)})
+        for row, column in EXPERIMENTS
+    ]
+    return cli.main(["reproduce", "--preset", "smoke", *words])
+
+
+@pytest.fixture(scope="module")
+def alone(server, tmp_path_factory):
+    "The home of a study that one process computed."
+    home = tmp_path_factory.mktemp("alone") / "home"
+    status, output = Forked(server, reproduce, [[]], {"SEQGAN_HOME": str(home)}).wait()
+    assert status == 0, output
+    return home
+
+
+@pytest.fixture
+def tokenized(alone, home):
+    "The home of a study that has its tokenizer and its codes, and nothing that needs them."
+    shutil.copytree(alone, home)
+    for kind in ("ar", "nar", "samples", "decoder", "generation"):
+        for folder in (home / "runs").glob(f"{kind}-*"):
+            shutil.rmtree(folder)
+    shutil.rmtree(home / "reports")
+    return home
+
+
+def begun(home, *kinds):
+    "Whether a run of each of these kinds has begun."
+    return all(list(home.glob(f"runs/{kind}-*/config.json")) for kind in kinds)
+
+
+def state_of(pid):
+    "The state of a process and its parent, as in /proc; none for one that is not there."
+    with suppress(FileNotFoundError, ProcessLookupError):
+        state, parent, *_ = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return state, int(parent)
+    return "", 0
+
+
+def is_running(pid):
+    return state_of(pid)[0] not in ("", "Z")
+
+
+def workers_of(process):
+    "The processes of the jobs, by the names of their logs."
+    numbers = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    children = [pid for pid in numbers if state_of(pid)[1] == process.pid]
+    return {Path(os.readlink(f"/proc/{pid}/fd/1")).stem: pid for pid in children}
+
+
+@pytest.mark.parametrize(
+    "jobs, variables, words",
+    [
+        ("0", {}, "jobs must be at least 1, got 0"),
+        ("-1", {}, "jobs must be at least 1, got -1"),
+        ("2", {"WORLD_SIZE": "2"}, "jobs must be 1 under torchrun or accelerate launch, got 2"),
+    ],
+)
+def test_impossible_jobs(forked, home, jobs, variables, words):
+    "One sentence, before anything is computed."
+    status, output = forked(reproduce, ["--jobs", jobs], **variables).wait()
+    assert status == 2 and words in output.splitlines()[-1], output
+    assert not home.exists()
+
+
+def test_two_jobs(forked, home, alone):
+    """The results of one process, to the last bit, each run computed once, few lines of output.
+
+    What the processes print is in a log for each record."""
+    status, output = forked(reproduce, TWO).wait()
+    assert status == 0, output
+    assert results(home) == results(alone)
+    started = re.findall(r"^job [12]: (\S+): started$", output, re.M)
+    folders = [path.parent.name for path in home.glob("runs/*/metrics.json")]
+    assert sorted(started) == sorted(folders)
+    assert "job 2: " in output
+    assert not re.search(r"[\r\x1b]", output) and len(output.splitlines()) < 40, output
+    assert output.count("seed 0: done") == 3
+    reports = {path.name for path in (home / "reports").iterdir()}
+    assert {"figure8.md", "figure8.csv", "figure8.png", "figure9.png"} <= reports
+    logs = sorted(path.relative_to(home / "runs/logs") for path in home.glob("runs/logs/*/*/*"))
+    records = home.glob("reports/results/*/*/*")
+    names = [path.relative_to(home / "reports/results").with_suffix(".log") for path in records]
+    assert logs == sorted(names) and len(logs) == 3
+    text = "".join((home / "runs/logs" / log).read_text() for log in logs)
+    assert text.count(": finished in") == len(folders)
+
+
+def test_killed_job(forked, tokenized, alone):
+    "kill -9 of one process fails its experiment alone; the same command computes that."
+    process = forked(reproduce, TWO)
+    process.wait_until(lambda: begun(tokenized, "nar"))
+    (pid,) = [pid for name, pid in workers_of(process).items() if "NAR" in name]
+    os.kill(pid, signal.SIGKILL)
+    FAULTS["SIGKILL of a job"] += 1
+    status, output = process.wait()
+    assert status == 1 and "Traceback" not in output, output
+    assert "figure8, phase 1, NAR, seed 0: failed with SIGKILL" in output
+    assert output.splitlines()[-1] == "seqgan: failed: figure8, phase 1, NAR, seed 0"
+    missing = [line for line in output.split("To do:")[-2].splitlines() if "papermill" in line]
+    assert len(missing) == 1 and "figure8  phase 1 " in missing[0], output
+    assert len(list(tokenized.glob("reports/results/*/*/*"))) == 2
+    status, output = forked(reproduce, TWO).wait()
+    assert status == 0 and output.count("done  ") == 2, output
+    assert results(tokenized) == results(alone)
+
+
+def test_told_to_stop(forked, tokenized, alone):
+    "SIGTERM to the command, then Ctrl-C to all its processes, as a terminal sends it: it resumes."
+    process = forked(reproduce, TWO)
+    process.wait_until(lambda: begun(tokenized, "ar", "nar"))
+    process.signal(signal.SIGTERM)
+    FAULTS["SIGTERM"] += 1
+    status, output = process.wait()
+    assert status == 0 and "Traceback" not in output, output
+    assert len(re.findall("^job .*stopped (at step|before)", output, re.M)) == 2, output
+    assert "To do: " in output.splitlines()[-1] and not list(tokenized.glob("reports/results/*"))
+
+    process = forked(reproduce, TWO)
+    process.wait_until(lambda: re.search(b"resumes from|: started", process.text))
+    process.signal(signal.SIGINT, group=True)
+    FAULTS["SIGINT"] += 1
+    status, output = process.wait()
+    assert status == 0 and "failed" not in output, output
+
+    status, output = forked(reproduce, TWO).wait()
+    assert status == 0, output
+    assert results(tokenized) == results(alone)
+
+
+def test_no_orphans(forked, tokenized):
+    "When the command is killed, its processes end, too."
+    process = forked(reproduce, TWO, 10**6)
+    process.wait_until(lambda: begun(tokenized, "ar", "nar"))
+    workers = workers_of(process).values()
+    assert len(workers) == 2
+    process.signal(signal.SIGKILL)
+    FAULTS["SIGKILL of a command with jobs"] += 1
+    try:
+        deadline = time.monotonic() + 20
+        while any(map(is_running, workers)):
+            assert time.monotonic() < deadline, "they go on"
+            time.sleep(0.05)
+    finally:
+        for pid in filter(is_running, workers):
+            os.kill(pid, signal.SIGKILL)
