@@ -16,7 +16,7 @@ from faults import FAULTS
 from forking import Forked
 from outcomes import results
 
-EXPERIMENTS = [("phase 1", "AR"), ("phase 1", "NAR"), ("phase 2", "AR")]
+ROWS = [("figure8", "phase 1", "AR"), ("table6", "sem", "NAR"), ("figure8", "phase 2", "AR")]
 TWO = ["--jobs", "2"]
 
 
@@ -29,12 +29,12 @@ def reproduce(words, steps=None):
     from seqgan.settings import update
     from seqgan.study.reproduce import table_rows
 
-    found = {row.name: row for row in table_rows("figure8", "smoke", Data())}
-    changes = {"transformer_training.steps": steps} if steps else {}
-    cli.whole_study = lambda *_: [
-        replace(found[row], experiments={column: update(found[row].experiments[column], changes)})
-        for row, column in EXPERIMENTS
-    ]
+    def row_of(table, name, column):
+        (row,) = [row for row in table_rows(table, "smoke", Data()) if row.name == name]
+        changes = {"transformer_training.steps": steps} if steps else {}
+        return replace(row, experiments={column: update(row.experiments[column], changes)})
+
+    cli.whole_study = lambda *_: [row_of(*place) for place in ROWS]
     return cli.main(["reproduce", "--preset", "smoke", *words])
 
 
@@ -111,7 +111,7 @@ def test_two_jobs(forked, home, alone):
     assert not re.search(r"[\r\x1b]", output) and len(output.splitlines()) < 40, output
     assert output.count("seed 0: done") == 3
     reports = {path.name for path in (home / "reports").iterdir()}
-    assert {"figure8.md", "figure8.csv", "figure8.png", "figure9.png"} <= reports
+    assert {"figure8.md", "figure8.csv", "figure8.png", "figure9.png", "table6.md"} <= reports
     logs = sorted(path.relative_to(home / "runs/logs") for path in home.glob("runs/logs/*/*/*"))
     records = home.glob("reports/results/*/*/*")
     names = [path.relative_to(home / "reports/results").with_suffix(".log") for path in records]
@@ -129,10 +129,10 @@ def test_killed_job(forked, tokenized, alone):
     FAULTS["SIGKILL of a job"] += 1
     status, output = process.wait()
     assert status == 1 and "Traceback" not in output, output
-    assert "figure8, phase 1, NAR, seed 0: failed with SIGKILL" in output
-    assert output.splitlines()[-1] == "seqgan: failed: figure8, phase 1, NAR, seed 0"
+    assert "table6, sem, NAR, seed 0: failed with SIGKILL" in output
+    assert output.splitlines()[-1] == "seqgan: failed: table6, sem, NAR, seed 0"
     missing = [line for line in output.split("To do:")[-2].splitlines() if "papermill" in line]
-    assert len(missing) == 1 and "figure8  phase 1 " in missing[0], output
+    assert len(missing) == 1 and "table6   sem " in missing[0], output
     assert len(list(tokenized.glob("reports/results/*/*/*"))) == 2
     status, output = forked(reproduce, TWO).wait()
     assert status == 0 and output.count("done  ") == 2, output
