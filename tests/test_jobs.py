@@ -97,37 +97,29 @@ def test_impossible_jobs(forked, home, jobs, variables, words):
     assert not home.exists()
 
 
-def test_two_jobs(forked, home, alone):
-    """The results of one process, to the last bit, each run computed once, few lines of output.
-
-    What the processes print is in a log for each record."""
-    status, output = forked(reproduce, TWO).wait()
-    assert status == 0, output
-    assert results(home) == results(alone)
-    started = re.findall(r"^job [12]: (\S+): started$", output, re.M)
-    folders = [path.parent.name for path in home.glob("runs/*/metrics.json")]
-    assert sorted(started) == sorted(folders)
-    assert "job 2: " in output
-    assert not re.search(r"[\r\x1b]", output) and len(output.splitlines()) < 40, output
-    assert output.count("seed 0: done") == 3
+def check_files(home, outputs):
+    "Tables and pictures; a log for each record, with all that was printed; each run once."
     reports = {path.name for path in (home / "reports").iterdir()}
     assert {"figure8.md", "figure8.csv", "figure8.png", "figure9.png", "table6.md"} <= reports
     logs = sorted(path.relative_to(home / "runs/logs") for path in home.glob("runs/logs/*/*/*"))
     records = home.glob("reports/results/*/*/*")
     names = [path.relative_to(home / "reports/results").with_suffix(".log") for path in records]
     assert logs == sorted(names) and len(logs) == 3
-    text = "".join((home / "runs/logs" / log).read_text() for log in logs)
-    assert text.count(": finished in") == len(folders)
+    folders = sorted(path.parent.name for path in home.glob("runs/*/metrics.json"))
+    for text in (outputs, "".join((home / "runs/logs" / log).read_text() for log in logs)):
+        assert sorted(re.findall(r"(\S+): finished in", text)) == folders
 
 
-def test_killed_and_told_to_stop(forked, tokenized, alone):
-    """kill -9 of one process fails its experiment alone. Then Ctrl-C, as a terminal sends it to
-    all processes: they stop, the listing says what is missing, and the same command computes it."""
+def test_two_jobs(forked, home, alone):
+    """The results of one process, to the last bit, whatever happens to the jobs.
+
+    kill -9 of one fails its experiment alone. Then Ctrl-C, as a terminal sends it to all
+    processes: they stop, the listing says what is missing, and the same command computes it."""
     process = forked(reproduce, TWO)
-    process.wait_until(lambda: begun(tokenized, "nar"))
+    process.wait_until(lambda: begun(home, "nar"))
     (pid,) = [pid for name, pid in workers_of(process).items() if "NAR" in name]
     os.kill(pid, signal.SIGKILL)
-    process.wait_until(lambda: begun(tokenized, "decoder"))  # of the third, which needs the first
+    process.wait_until(lambda: begun(home, "decoder"))  # of the third, which needs the first
     process.signal(signal.SIGINT, group=True)
     FAULTS["SIGKILL of a job"] += 1
     FAULTS["SIGINT"] += 1
@@ -140,9 +132,11 @@ def test_killed_and_told_to_stop(forked, tokenized, alone):
     missing = [line for line in output.split("To do:")[-2].splitlines() if "papermill" in line]
     assert [line.split()[0] for line in missing] == ["table6", "figure8"], output
 
-    status, output = forked(reproduce, TWO).wait()
-    assert status == 0 and "resumes from step" in output, output
-    assert results(tokenized) == results(alone)
+    status, again = forked(reproduce, TWO).wait()
+    assert status == 0 and "resumes from step" in again, again
+    assert results(home) == results(alone)
+    assert not re.search(r"[\r\x1b]", output + again)  # no progress bars outside a terminal
+    check_files(home, output + again)
 
 
 def test_told_to_stop(forked, home):
