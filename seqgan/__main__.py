@@ -30,6 +30,7 @@ from .study.records import record_study
 from .study.reproduce import StudyRow, check_minutes, listing, reproduce, whole_study
 from .study.runs import RunIsBusy
 from .study.study import Study
+from .training.jobs import check_jobs
 from seqgan.training.processes import (
     STOP,
     Stopped,
@@ -119,6 +120,8 @@ def _add_reproduce(commands: argparse._SubParsersAction) -> None:
     )
     help_ = "stop cleanly after so long; the same command resumes"
     parser.add_argument("--minutes", type=float, help=help_)
+    help_ = "experiments at once, each in a process of its own; logs are in runs/logs"
+    parser.add_argument("--jobs", type=int, default=1, help=help_)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -168,14 +171,27 @@ def chain(config: Experiment) -> str:
     return "\n".join(f"{'done' if run.is_finished else 'to do':6} {run.folder}" for run in runs)
 
 
+# %% ../nbs/5b_command.ipynb #3f61b0ca
+def _reproduce(arguments: argparse.Namespace, rows: list[StudyRow]) -> None:
+    "Compute the rows, and say how much is missing if it was stopped, and what if a job failed."
+    try:
+        done = reproduce(rows, arguments.minutes, arguments.jobs)
+    except ChildProcessError:
+        print_main(listing([row for row in rows if not row.is_recorded]))
+        raise
+    if not done and is_main_process():
+        print_main(listing(rows).splitlines()[-1])
+
+
 def _work(arguments: argparse.Namespace, asked: Experiment | list[StudyRow]) -> None:
     "Do what was asked for."
     if arguments.command == "train":
         train(asked, arguments.until)
-    elif not reproduce(asked, arguments.minutes) and is_main_process():
-        print_main(listing(asked).splitlines()[-1])
+    else:
+        _reproduce(arguments, asked)
 
 
+# %% ../nbs/5b_command.ipynb #3f61b0cb
 def main(argv: Sequence[str] | None = None) -> int:
     "The `seqgan` command; returns its exit status."
     parser = make_parser()
@@ -185,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             asked = config_from(arguments)
         else:
             check_minutes(arguments.minutes)
+            check_jobs(arguments.jobs)
             asked = whole_study(arguments.preset, arguments.data, arguments.seeds, arguments.tables)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))

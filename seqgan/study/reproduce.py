@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "PICTURES",
+    "WORKER",
     "StudyRow",
     "table_rows",
     "studies_of",
@@ -13,6 +14,8 @@ __all__ = [
     "missing_runs",
     "listing",
     "draw_picture",
+    "record_task",
+    "tasks_of",
     "check_minutes",
     "reproduce",
 ]
@@ -20,23 +23,33 @@ __all__ = [
 # %% ../../nbs/5a_reproduce.ipynb #b4a3c23b
 import shlex
 import statistics
+import sys
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ..config import Data, Experiment
-from ..core import check, home, print_main
+from ..core import check, digest, home, print_main
 from ..data.folders import resolve_data
 from ..plot import save_figure
 from ..presets import preset
 from .figures import figure5, figure9
 from .graph import check_experiment, from_parameters, plan
 from .paper import TABLES, transformer_columns
-from .records import is_recorded, record_study, records
+from .records import is_recorded, record_file, record_study, records
 from .report import write_table
 from .study import Study
-from ..training.processes import STOP, Stopped, any_process, broadcast_object, on_main
+from ..training.jobs import Schedule, Task, check_jobs, receive_task
+from seqgan.training.processes import (
+    STOP,
+    Stopped,
+    any_process,
+    broadcast_object,
+    on_main,
+    stop_on_signals,
+)
 
 
 # %% ../../nbs/5a_reproduce.ipynb #90f39ca2
@@ -48,6 +61,11 @@ class StudyRow:
     name: str
     seed: int
     experiments: dict[str, Experiment]
+
+    @property
+    def is_recorded(self) -> bool:
+        "Whether all its experiments have a record made by today's code."
+        return all(map(is_recorded, self.experiments.values()))
 
     @property
     def command(self) -> str:
@@ -145,7 +163,7 @@ def missing_runs(experiments: Iterable[Experiment]) -> dict[Path, str]:
 # %% ../../nbs/5a_reproduce.ipynb #72ca7d07
 def _state(row: StudyRow, kinds: Iterable[str], known: dict[str, float]) -> str:
     "What is to be done for a row, in a few words."
-    if all(map(is_recorded, row.experiments.values())):
+    if row.is_recorded:
         return "done"
     kinds = list(kinds)
     if not kinds:
@@ -201,6 +219,14 @@ def draw_picture(table: str, rows: list[StudyRow]) -> None:
 
 
 # %% ../../nbs/5a_reproduce.ipynb #d1429786
+def _finish_row(row: StudyRow, rows: list[StudyRow]) -> None:
+    "Write the table and the picture of a row whose experiments are recorded."
+    on_main(lambda: write_table(row.table))
+    same_table = [r for r in rows if (r.table, r.seed) == (row.table, row.seed)]
+    draw_picture(row.table, same_table)
+    print_main(f"{row.table}, {row.name}, seed {row.seed}: done")
+
+
 def _compute_row(row: StudyRow, rows: list[StudyRow]) -> None:
     "Record the experiments of a row, then write its table and picture. Raises Stopped."
     for config in row.experiments.values():
@@ -208,22 +234,80 @@ def _compute_row(row: StudyRow, rows: list[StudyRow]) -> None:
             raise Stopped(f"stopped before {row.table}, {row.name}, seed {row.seed}")
         if not broadcast_object(is_recorded(config)):
             record_study(Study(config))
-    on_main(lambda: write_table(row.table))
-    same_table = [r for r in rows if (r.table, r.seed) == (row.table, row.seed)]
-    draw_picture(row.table, same_table)
-    print_main(f"{row.table}, {row.name}, seed {row.seed}: done")
+    _finish_row(row, rows)
 
 
+# %% ../../nbs/5a_reproduce.ipynb #b50b2585
+def record_task() -> None:
+    """Record the experiment that comes through standard input: what a process of its own does.
+
+    It resumes what was interrupted, and ends with status 0 when it is told to stop."""
+    stop_on_signals()
+    study = Study(receive_task())
+    try:
+        for kind, run in study.plan.items():  # as `_missing` has them
+            if STOP.is_set():
+                raise Stopped(f"stopped before {run.folder.name}")
+            study.run(kind)
+        record_study(study)
+    except Stopped as stopped:
+        print_main(stopped)
+
+
+WORKER = [sys.executable, "-c", "from seqgan.study.reproduce import record_task; record_task()"]
+
+
+# %% ../../nbs/5a_reproduce.ipynb #1af02b61
+def _missing(folders: Iterable[Path]) -> list[Path]:
+    "Those of the folders whose run is not finished."
+    return [folder for folder in folders if not (folder / "metrics.json").exists()]
+
+
+def tasks_of(rows: Iterable[StudyRow]) -> list[Task]:
+    "The experiments of these rows that have no record, each once, in order."
+    found: dict[str, Task] = {}
+    for row in rows:
+        for column, config in row.experiments.items():
+            if digest(config) in found or is_recorded(config):
+                continue
+            record = record_file(config).relative_to(home() / "reports" / "results")
+            folders = [run.folder for run in plan(config).values()]
+            found[digest(config)] = Task(
+                name=f"{row.table}, {row.name}, {column}, seed {row.seed}",
+                value=config,
+                log=home() / "runs" / "logs" / record.with_suffix(".log"),
+                missing=partial(_missing, folders),
+            )
+    return list(found.values())
+
+
+def _reproduce_at_once(rows: list[StudyRow], jobs: int) -> bool:
+    "`reproduce` with several jobs."
+    left = list(rows)
+
+    def finish_rows() -> None:
+        for row in left[:]:
+            if row.is_recorded:
+                left.remove(row)
+                _finish_row(row, rows)
+
+    Schedule(tasks_of(rows), jobs, WORKER, finish_rows).run()
+    return not left
+
+
+# %% ../../nbs/5a_reproduce.ipynb #338bb642
 def check_minutes(minutes: float | None) -> None:
     "Raise ValueError for a time that is negative or not a number."
     check(minutes is None or minutes >= 0, "minutes must be at least 0", minutes)
 
 
-def reproduce(rows: list[StudyRow], minutes: float | None = None) -> bool:
+def reproduce(rows: list[StudyRow], minutes: float | None = None, jobs: int = 1) -> bool:
     """Compute the rows in order, and stop cleanly after `minutes`. Returns whether all is done.
 
-    A stopped row resumes where it stopped when the same is run again."""
+    A stopped row resumes where it stopped when the same is run again. With several jobs, as many
+    experiments are computed at once; ChildProcessError says at the end which of them failed."""
     check_minutes(minutes)
+    check_jobs(jobs)
     if minutes == 0:
         STOP.set()
     timer = threading.Timer(minutes * 60, STOP.set) if minutes else None
@@ -231,6 +315,8 @@ def reproduce(rows: list[StudyRow], minutes: float | None = None) -> bool:
         timer.daemon = True
         timer.start()
     try:
+        if jobs > 1:
+            return _reproduce_at_once(rows, jobs)
         for row in rows:
             _compute_row(row, rows)
     except Stopped as stopped:
