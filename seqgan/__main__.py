@@ -171,7 +171,7 @@ def chain(config: Experiment) -> str:
     return "\n".join(f"{'done' if run.is_finished else 'to do':6} {run.folder}" for run in runs)
 
 
-# %% ../nbs/5b_command.ipynb #3f61b0ca
+# %% ../nbs/5c_command.ipynb #3f61b0ca
 def _reproduce(arguments: argparse.Namespace, rows: list[StudyRow]) -> None:
     "Compute the rows, and say how much is missing if it was stopped, and what if a job failed."
     try:
@@ -191,7 +191,7 @@ def _work(arguments: argparse.Namespace, asked: Experiment | list[StudyRow]) -> 
         _reproduce(arguments, asked)
 
 
-# %% ../nbs/5b_command.ipynb #3f61b0cb
+# %% ../nbs/5c_command.ipynb #3f61b0cb
 def main(argv: Sequence[str] | None = None) -> int:
     "The `seqgan` command; returns its exit status."
     parser = make_parser()
