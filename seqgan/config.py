@@ -111,6 +111,28 @@ class Classifier(Settings):
     shift: float = added_later(
         0.125, "move the images of a batch by up to this fraction of their side", FRACTION
     )
+    size: int = added_later(
+        0, "side of the squares that `strong` augmentation cuts; 0: that of the images", at_least(0)
+    )
+    augment: str = added_later(
+        "shift",
+        "'shift' moves and mirrors; 'strong' takes random squares, mirrors them, changes colours, "
+        "blurs, adds noise and erases",
+        one_of("shift", "strong"),
+    )
+    mix: bool = added_later(False, "in every second step, MixUp and CutMix in turn")
+    adversarial: float = added_later(
+        0.0,
+        "of half of each batch: largest change of a value in [-1, 1] by one step against the "
+        "network (Wong et al., 2020), which makes its gradients agree better with other networks'",
+        FRACTION,
+    )
+    ema: float = added_later(
+        0.0,
+        "keep a moving average of the weights whose window is this fraction of the steps so far; "
+        "0 keeps the last weights",
+        BELOW_ONE,
+    )
 
 
 # %% ../nbs/02_config.ipynb #73e41da0
