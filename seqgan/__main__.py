@@ -86,6 +86,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="tiny", choices=list(PRESETS))
     help_ = "'shapes', or the path of a folder of images"
     parser.add_argument("--data", default="shapes", help=help_)
+    help_ = "of a folder's classes a slice, as 0::5 for every fifth"
+    parser.add_argument("--classes", default="", metavar="SLICE", help=help_)
     parser.add_argument("--dry-run", action="store_true", help="only list what is to be done")
 
 
@@ -136,6 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
 # %% ../nbs/5c_command.ipynb #eec6b189
 OPTIONS = {
     "data.name": "--data",
+    "data.classes": "--classes",
     "phase": "--phase",
     "seed": "--seed",
     "tokenizer_training.start": "--start",
@@ -152,7 +155,8 @@ def check_settings(settings: dict[str, object], data: str) -> None:
 
 def config_from(arguments: argparse.Namespace) -> Experiment:
     "The experiment that the words after `seqgan train` ask for. Raises ValueError for others."
-    changes = {"data.name": arguments.data, "seed": arguments.seed, "phase": arguments.phase}
+    changes = {"data.name": arguments.data, "data.classes": arguments.classes}
+    changes |= {"seed": arguments.seed, "phase": arguments.phase}
     if arguments.start:
         changes["tokenizer_training.start"] = arguments.start
     settings = parse_settings(arguments.set)
@@ -202,7 +206,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             check_minutes(arguments.minutes)
             check_jobs(arguments.jobs)
-            asked = whole_study(arguments.preset, arguments.data, arguments.seeds, arguments.tables)
+            asked = whole_study(
+                arguments.preset,
+                arguments.data,
+                arguments.seeds,
+                arguments.tables,
+                arguments.classes,
+            )
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     if is_main_process():

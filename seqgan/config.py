@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "SLICE",
     "Data",
     "VGG",
     "Classifier",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 # %% ../nbs/02_config.ipynb #9ef7f896
+import re
 from dataclasses import dataclass, field
 
 from .core import check
@@ -40,8 +42,10 @@ from seqgan.settings import (
     paper,
 )
 
-
 # %% ../nbs/02_config.ipynb #42e2297d
+SLICE = re.compile(r"|-?\d*:-?\d*(:[1-9]\d*)?")
+
+
 @dataclass(frozen=True)
 class Data(Settings):
     "Which images, at which resolution (pixels; images are square, values in [-1, 1])."
@@ -66,6 +70,12 @@ class Data(Settings):
         "the square of a photograph that is trained on: its centre, or, as VQGAN, a random one "
         "each time; evaluation takes the centre",
         one_of("centre", "random"),
+    )
+    classes: str = added_later(
+        "",
+        "of a folder's classes in alphabetical order, a slice such as 0::5 (every fifth); "
+        "empty for all",
+        Range("be a slice such as 0::5", lambda text: bool(SLICE.fullmatch(text))),
     )
 
 
@@ -110,6 +120,9 @@ class Classifier(Settings):
     flip: bool = added_later(True, "mirror half of the images at random")
     shift: float = added_later(
         0.125, "move the images of a batch by up to this fraction of their side", FRACTION
+    )
+    seed: int = added_later(
+        0, "of the perceptual network, which all seeds of an experiment share", at_least(0)
     )
     size: int = added_later(
         0, "side of the squares that `strong` augmentation cuts; 0: that of the images", at_least(0)
@@ -436,6 +449,16 @@ class TransformerTraining(Settings):
         1.0, "largest norm of the gradient in a step; 0 is no limit", at_least(0)
     )
     flip: bool = chosen(True, "train on the codes of the images and of their mirror images")
+    evaluations: int = added_later(5, "how often the validation loss is measured", at_least(1))
+    keep: str = added_later(
+        "last",
+        "which weights are kept: the 'last', or the 'best', of the lowest validation loss",
+        one_of("last", "best"),
+    )
+    patience: int = added_later(
+        0, "end so many evaluations after the lowest validation loss; 0: never early", at_least(0)
+    )
+    seed: int = added_later(-1, "of the transformer; -1: that of the experiment", at_least(-1))
 
 
 # %% ../nbs/02_config.ipynb #02bb0996
@@ -488,6 +511,7 @@ class Evaluation(Settings):
         "balanced over the classes",
         at_least(2),
     )
+    seed: int = added_later(-1, "of the samples; -1: that of the experiment", at_least(-1))
 
 
 # %% ../nbs/02_config.ipynb #e5a85f49
@@ -561,7 +585,11 @@ class Experiment(Settings):
     "One configuration of the whole study. Its defaults are the paper's ImageNet ablation."
 
     preset: str = chosen("paper", "the preset that this configuration is a variant of")
-    seed: int = chosen(0, "of the tokenizer, the transformer and the samples", at_least(0))
+    seed: int = chosen(
+        0,
+        "of the tokenizer, and of the transformer and the samples unless they have their own",
+        at_least(0),
+    )
     phase: int = chosen(1, "the phase whose decoder draws the images", one_of(1, 2))
     data: Data = Data()
     vgg: VGG = VGG()
@@ -583,6 +611,16 @@ class Experiment(Settings):
         super().__post_init__()
         _check_sizes(self)
         _check_trainings(self)
+
+    @property
+    def transformer_seed(self) -> int:
+        "The seed of the transformer."
+        return self.seed if self.transformer_training.seed < 0 else self.transformer_training.seed
+
+    @property
+    def sampling_seed(self) -> int:
+        "The seed of the samples."
+        return self.seed if self.evaluation.seed < 0 else self.evaluation.seed
 
     @property
     def grid(self) -> int:

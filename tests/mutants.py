@@ -110,9 +110,7 @@ def test(mutant) -> Result:
     caught, output = "", ""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         project = Path(folder) / "project"
-        shutil.copytree(
-            ROOT, project, ignore=shutil.ignore_patterns(".git", "runs", "data", "reports")
-        )
+        shutil.copytree(ROOT, project, ignore=left_out)
         if mutant.line:
             apply(mutant, project)
         for part in mutant.suite:

@@ -133,6 +133,7 @@ STAGES = {
         settings=lambda config: {
             "sampler": sampler_of(config),
             "samples": config.evaluation.samples,
+            "sampling_seed": config.sampling_seed,
         },
     ),
     "generation": Stage(

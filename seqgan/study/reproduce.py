@@ -74,6 +74,8 @@ class StudyRow:
         config, argument = next(iter(self.experiments.values())), table.argument(self.name)
         values = {table.parameter: argument, "preset": config.preset}
         values |= {"data": shlex.quote(config.data.name), "seed": self.seed}
+        if config.data.classes:
+            values["classes"] = config.data.classes
         parameters = " ".join(f"-p {name} {value}" for name, value in values.items())
         output = f"reports/{table.notebook}-{argument}.ipynb"
         return f"papermill nbs/{table.notebook}.ipynb {output} {parameters}"
@@ -85,7 +87,7 @@ def table_rows(
 ) -> list[StudyRow]:
     """The rows of a table at a preset, or the one that is named `row`.
 
-    Of `data`, as `resolve_data` returns them, the name and the fingerprint count. Raises
+    Of `data`, as `resolve_data` returns them, name, fingerprint and classes count. Raises
     ValueError for a table, a preset or a row that does not exist."""
     check(table in TABLES, f"a table must be one of {', '.join(TABLES)}", table)
     base = preset(preset_name)
@@ -93,7 +95,8 @@ def table_rows(
 
     def experiment(changes: dict, column: str) -> Experiment:
         config = preset(preset_name, changes | columns[column] | {"seed": seed})
-        images = replace(config.data, name=data.name, fingerprint=data.fingerprint)
+        which = {key: getattr(data, key) for key in ("name", "fingerprint", "classes")}
+        images = replace(config.data, **which)
         return replace(config, data=images)
 
     return [
@@ -103,12 +106,17 @@ def table_rows(
 
 
 def studies_of(
-    table: str, row: object, preset_name: str, data: str = "shapes", seed: int = 0
+    table: str,
+    row: object,
+    preset_name: str,
+    data: str = "shapes",
+    seed: int = 0,
+    classes: str = "",
 ) -> dict[str, dict[str, Study]]:
     """The studies of a row of a table, or of all if `row` is empty, by row and transformer.
 
     Nothing is computed. Raises ValueError for what does not exist."""
-    found = resolve_data(from_parameters(preset_name, data, seed).data)
+    found = resolve_data(from_parameters(preset_name, data, seed, {"data.classes": classes}).data)
     return {
         row.name: {column: Study(config) for column, config in row.experiments.items()}
         for row in table_rows(table, preset_name, found, seed, row)
@@ -121,12 +129,13 @@ def whole_study(
     data: str = "shapes",
     seeds: int = 1,
     tables: Iterable[str] | None = None,
+    classes: str = "",
 ) -> list[StudyRow]:
     """All rows of these tables, or of all, seed by seed.
 
     Raises ValueError, before anything is computed, if the images make one of them impossible."""
     check(seeds >= 1, "the number of seeds must be at least 1", seeds)
-    found = resolve_data(from_parameters(preset_name, data, seed=0).data)
+    found = resolve_data(from_parameters(preset_name, data, 0, {"data.classes": classes}).data)
     rows = [
         row
         for seed in range(seeds)

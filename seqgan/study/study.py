@@ -69,10 +69,14 @@ from ..training.transformer import train_transformer
 
 # %% ../../nbs/54_study.ipynb #51377ed7
 def dataset_name(data: Data) -> str:
-    "`shapes`, or the name of the folder, in characters that any file system takes."
+    """`shapes`, or the name of the folder, in characters that any file system takes.
+
+    With `data.classes` at its end, if a part of the classes is asked for.
+    """
     if not data.fingerprint:
         return data.name
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", Path(data.name).expanduser().resolve().name)
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(data.name).expanduser().resolve().name)
+    return f"{name}-{data.classes.replace(':', '.')}" if data.classes else name
 
 
 # %% ../../nbs/54_study.ipynb #f1bdc629
@@ -215,13 +219,14 @@ def computes(*kinds: str) -> Callable:
 @computes("vgg")
 def train_vgg(study: Study, folder: Path) -> dict:
     "The perceptual network, the same for all seeds of a study."
-    config, seed = study.config, 0
+    config = study.config
     check(
         len(study.classes) > 1,
         "a perceptual network that is trained on labels needs at least two class folders of images",
         config.data.name,
         "Without labels use one that is there already (vgg.weights = 'imagenet').",
     )
+    seed = config.classifier.seed
     torch.manual_seed(seed)
     vgg = VGG(config.vgg, len(study.classes)).to(device())
     return train_classifier(vgg, config.classifier, study.train, study.val, folder, seed)
@@ -343,7 +348,7 @@ def draw_balanced_samples(study: Study, folder: Path) -> dict:
     config = study.config
     labels = balanced_labels(config.evaluation.samples, len(study.classes))
     transformer = to_inference_dtype(study.transformer)
-    draw_samples(transformer, labels, sampler_of(config), config.seed, folder)
+    draw_samples(transformer, labels, sampler_of(config), config.sampling_seed, folder)
     return {"samples": len(labels)}
 
 
@@ -363,7 +368,7 @@ def measure_samples(study: Study, folder: Path) -> dict:
             study.real,
             study.train,
             sampler_of(config),
-            config.seed,
+            config.sampling_seed,
         )
 
     found = on_main(measure)

@@ -152,7 +152,9 @@ class Loop(TrainState):
         evaluate: Callable[[], dict[str, float]] | None = None,
         *,
         log_every: int | None = None,
+        evaluations: int = 5,
         best: str | None = None,
+        patience: int = 0,
         save_seconds: float = 60,
         until: int | None = None,
         start: str | Path | None = None,
@@ -160,17 +162,20 @@ class Loop(TrainState):
         """Call `step(t) -> {name: scalar}` for t up to `steps`, from the newest checkpoint on.
 
         Every `log_every` steps (50 times in all, at least every 1000 steps) the means of its terms
-        are logged, and five times in all the numbers of `evaluate()`; the checkpoint whose number
-        `best` is the lowest is kept. Trainings that begin alike can share the beginning: one ends
-        at step `until`, the others get its checkpoint as `start`. Raises Stopped after saving.
+        are logged, and `evaluations` times in all the numbers of `evaluate()`. The checkpoint
+        whose number `best` is the lowest is kept; `patience` evaluations after it the training
+        ends, 0 never. Trainings that begin alike can share the beginning: one ends at step
+        `until`, the others get its checkpoint as `start`. Raises Stopped after saving.
         """
         first, last = self._resume(start), until or self.steps
         log_every = log_every or max(min(self.steps // 50, 1000), 1)
-        evaluate_every = max(self.steps // 5, 1)
+        evaluate_every = max(self.steps // evaluations, 1)
         timer = SaveTimer(save_seconds)
         self.meter.restart_clock()
         with progress(total=self.steps, initial=first, desc=self.folder.name) as bar:
             for t in range(first, last):
+                if patience and self.best and t - self.best[1] >= patience * evaluate_every:
+                    break
                 torch.manual_seed(seed_of("step", self.seed, t, self.accelerator.process_index))
                 self.set_learning_rates(t)
                 self.meter.add(step(t))
@@ -199,6 +204,13 @@ class Loop(TrainState):
                     )
         for name in self.models:
             self.models[name] = self.unwrap(name)
+
+    def load_best(self) -> None:
+        "Give the models the weights of the best checkpoint, if there is one."
+        if self.best:
+            _, tensors = load_checkpoint(self.folder / f"checkpoint-{self.best[1]}")
+            for name, model in self.models.items():
+                self.accelerator.unwrap_model(model).load_state_dict(tensors[f"model-{name}"])
 
     def _log_line(self, done: int, evaluate: Callable[[], dict[str, float]] | None) -> dict:
         "Log the means since the last line, and the numbers of `evaluate()`; returns the line."

@@ -12,10 +12,12 @@ __all__ = [
     "learning_rate",
     "optimizer_groups",
     "check_codes_match",
+    "kept_line",
     "train_transformer",
 ]
 
 # %% ../../nbs/39_transformer.ipynb #0560d35a
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -130,19 +132,28 @@ def check_codes_match(config: Experiment, train: Codes, val: Codes) -> None:
 
 
 # %% ../../nbs/39_transformer.ipynb #cffe1f99
+def kept_line(log: list[dict], keep: str) -> dict[str, float]:
+    "Step and validation numbers of the weights that are kept: the 'last', or the 'best' ones."
+    measured = [line for line in log if "val_loss" in line]
+    line = min(measured, key=lambda line: line["val_loss"]) if keep == "best" else measured[-1]
+    return {name: line[name] for name in ("step", "val_loss", "val_accuracy")}
+
+
 def train_transformer(
     config: Experiment, train: Codes, val: Codes, classes: int, folder: str | Path
 ) -> dict[str, float]:
     """Train the AR or NAR transformer of `config`; it is saved into model/.
 
-    Returns the last `val_loss` (nats per code) and `val_accuracy`, and the number of `skipped`
-    steps; all of them over the training are in log.jsonl (Figure 10). Raises ValueError if the
-    codes for training and validation are of two tokenizers.
+    Returns `val_loss` (nats per code) and `val_accuracy` of the weights that are kept, the `step`
+    they are of, their `train_loss` on as many training codes, and the number of `skipped` steps;
+    the losses over the training are in log.jsonl (Figure 10). Raises ValueError if the codes for
+    training and validation are of two tokenizers.
     """
     training, causal = config.transformer_training, config.transformer.causal
     check_codes_match(config, train, val)
     check_batch_divides(config, "transformer_training")
-    torch.manual_seed(seed_of("transformer", config.seed))
+    seed = config.transformer_seed
+    torch.manual_seed(seed_of("transformer", seed))
     positions = config.grid**2
     transformer = Transformer(
         config.transformer, config.quantizer.codes, positions, classes, train.tokenizer
@@ -152,7 +163,7 @@ def train_transformer(
     loop = Loop(
         folder,
         training.steps,
-        config.seed,
+        seed,
         {"transformer": transformer},
         {"transformer": optimizer},
         {"transformer": partial(learning_rate, training)},
@@ -163,17 +174,26 @@ def train_transformer(
 
     def step(t: int) -> dict[str, Tensor]:
         batch = (training.batch,)
-        rows = torch.randint(len(train), batch, generator=generator("rows", config.seed, t))
-        mask = predicted_codes(causal, training.batch, positions, config.seed, t)
+        rows = torch.randint(len(train), batch, generator=generator("rows", seed, t))
+        mask = predicted_codes(causal, training.batch, positions, seed, t)
         return transformer_step(loop, train, rows, mask, config.memory.gradient_accumulation)
 
     loop.models["transformer"].train()
-    loop.run(step, lambda: validation_loss(loop, val), best="val_loss")
+    loop.run(
+        step,
+        lambda: validation_loss(loop, val),
+        evaluations=training.evaluations,
+        best="val_loss",
+        patience=training.patience,
+    )
+    if training.keep == "best":
+        loop.load_best()
+    some = torch.linspace(0, len(train) - 1, min(len(train), len(val))).long()
+    seen = validation_loss(loop, replace(train, codes=train.codes[some], labels=train.labels[some]))
 
     def save() -> dict[str, float]:
         transformer.requires_grad_(False).eval().save_pretrained(Path(folder) / "model")
-        last = read_log(folder)[-1]
-        measured = {name: value for name, value in last.items() if name.startswith("val_")}
-        return measured | {"skipped": loop.skipped}
+        measured = kept_line(read_log(folder), training.keep)
+        return measured | {"train_loss": seen["val_loss"], "skipped": loop.skipped}
 
     return on_main(save)
