@@ -375,8 +375,8 @@ MUTANTS = [
         "transformer-rows",
         "each step sees other images",
         "training.transformer",
-        'generator("rows", config.seed, t)',
-        'generator("rows", config.seed)',
+        'generator("rows", seed, t)',
+        'generator("rows", seed)',
         ("tests/test_recipes.py::test_terms[ar]",),
     ),
     Mutant(
@@ -739,12 +739,41 @@ MUTANTS = [
         "tokenizer-of-validation-images",
         "phase one trains on training images",
         "study.study",
-        (
-            "metrics = train_tokenizer(config, study.train, study.vgg, folder, study.val, s"
-            "tart=start)"
-        ),
-        ("metrics = train_tokenizer(config, study.val, study.vgg, folder, study.val, start=start)"),
+        "return train_tokenizer(config, study.train, study.vgg, folder, study.val, start=start)",
+        "return train_tokenizer(config, study.val, study.vgg, folder, study.val, start=start)",
         ("tests/test_plumbing.py",),
+    ),
+    Mutant(
+        "last-instead-of-best",
+        "the weights of the lowest validation loss are kept if asked for",
+        "training.transformer",
+        'if training.keep == "best":',
+        "if False:",
+        ("notebook",),
+    ),
+    Mutant(
+        "patience-from-the-start",
+        "a training ends so many evaluations after its best one",
+        "training.loop",
+        "t - self.best[1] >= patience * evaluate_every",
+        "t >= patience * evaluate_every",
+        ("notebook",),
+    ),
+    Mutant(
+        "other-classes",
+        "data.classes picks the images of the classes that are asked for",
+        "data.folders",
+        "rows = np.isin(source.labels, list(picked)).nonzero()[0]",
+        "rows = np.arange(len(picked))",
+        ("notebook",),
+    ),
+    Mutant(
+        "samples-with-the-tokenizers-seed",
+        "the samples have a seed of their own",
+        "config",
+        "return self.seed if self.evaluation.seed < 0 else self.evaluation.seed",
+        "return self.seed",
+        ("notebook",),
     ),
     Mutant(
         "kernel-with-itself",
