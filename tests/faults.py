@@ -223,3 +223,13 @@ def command(arguments, faults=(), nan=None):
         cli.whole_study = lambda *_: [StudyRow("figure8", "phase 2", 0, {"AR": config})]
         words = ["--preset", "smoke"]
     return cli.main([arguments[0], *words])
+
+
+def seqgan(*words):
+    "The command as it is, where Python and all imports are there already; returns its status."
+    from seqgan.__main__ import main
+
+    try:
+        return main(words)
+    except SystemExit as error:
+        return error.code

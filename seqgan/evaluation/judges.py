@@ -187,7 +187,9 @@ class Judge:
         if name == "inception":
             settings["feature_extractor_weights_path"] = str(inception_weights())
         layers = [layer for layer in (self.kind.features, self.kind.logits) if layer]
-        network = create_feature_extractor(self.kind.extractor, layers, cuda=False, **settings)
+        network = create_feature_extractor(
+            self.kind.extractor, layers, cuda=False, verbose=False, **settings
+        )
         self.network = network.to(device())
         self.sha256 = INCEPTION_SHA256 if name == "inception" else weights_digest(network)
 

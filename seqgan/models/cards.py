@@ -47,9 +47,9 @@ transformer = Transformer.from_pretrained({source!r})
 codes = sample(transformer, labels)    # a class for each image -> int64 (B, N), row by row
 images = tokenizer.decode(codes.view(-1, h, w))    # the tokenizer that it was trained with"""
 
-_LOCAL = (
-    "A metric whose name ends in `-local` is measured with a network that was trained in this "
-    "project: it compares only within it, not with published numbers."
+_LITE0 = (
+    "A metric whose name ends in `-lite0` is judged by EfficientNet-Lite0: it does not compare "
+    "with published numbers, whose judge is Inception."
 )
 
 
@@ -105,7 +105,7 @@ def model_card(
     article = "An" if model.startswith("a") else "A"
     usage = _USE_TOKENIZER if model == "tokenizer" else _USE_TRANSFORMER
     settings = ({"preset": preset} if preset else {}) | (settings or {})
-    local = any(name.endswith("-local") for name in flatten(metrics or {}))
+    lite0 = any("-lite0" in name for name in flatten(metrics or {}))
     sections = [
         _HEADER,
         f"# SeQ-GAN {model}",
@@ -117,7 +117,7 @@ def model_card(
     limits = "It knows images like these; of others it makes what it can."
     sections += card_table("Data", "what", data, limits)
     sections += card_table("Training", "setting", settings)
-    sections += card_table("Metrics", "metric", metrics, _LOCAL if local else "")
+    sections += card_table("Metrics", "metric", metrics, _LITE0 if lite0 else "")
     if protocol:
         text = json.dumps(protocol, indent=1, default=str)
         summary = "<details><summary>Protocol of the metrics</summary>"

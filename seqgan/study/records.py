@@ -146,6 +146,7 @@ def _curves(folder: Path) -> list[dict]:
     ]
 
 
+# %% ../../nbs/56_records.ipynb #29b2c1c6
 def record_study(study: Study) -> dict:
     "Compute what is missing of a study and write its record. Returns it, its path under `file`."
     study.run("reconstruction")

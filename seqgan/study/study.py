@@ -28,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -35,14 +36,6 @@ from safetensors.torch import load_file
 from ..config import Data, Experiment
 from ..core import check, device, print_main, to_float, to_uint8, write_text
 from ..data.images import ImageSet, load
-from ..evaluation.judges import Judge
-from seqgan.evaluation.measurement import (
-    RealImages,
-    look_at_real_images,
-    measure_generation,
-    measure_reconstruction,
-)
-from ..evaluation.protocol import balanced_labels
 from ..models.cards import model_card
 from ..models.features import VGG, imagenet_vgg
 from ..models.perceptual import PerceptualLoss
@@ -65,6 +58,10 @@ from ..training.features import train_classifier
 from ..training.processes import on_main
 from ..training.tokenizer import train_decoder, train_tokenizer
 from ..training.transformer import train_transformer
+
+if TYPE_CHECKING:  # the judges import torchvision, which takes two seconds, and only they need it
+    from seqgan.evaluation.judges import Judge
+    from seqgan.evaluation.measurement import RealImages
 
 
 # %% ../../nbs/54_study.ipynb #51377ed7
@@ -158,13 +155,17 @@ class Study:
         return vgg.freeze().to(device())
 
     @cached_property
-    def judge(self) -> Judge:
+    def judge(self) -> "Judge":
         "The public network that says how good an image is."
+        from seqgan.evaluation.judges import Judge
+
         return Judge(self.config.evaluation.judge)
 
     @cached_property
-    def real(self) -> RealImages:
+    def real(self) -> "RealImages":
         "What the judge sees of real images."
+        from seqgan.evaluation.measurement import RealImages
+
         return RealImages.load(self.run("real") / "real.safetensors")
 
     @cached_property
@@ -235,6 +236,7 @@ def train_vgg(study: Study, folder: Path) -> dict:
 @computes("real")
 def look_at_real(study: Study, folder: Path) -> dict:
     "What the judge sees of real images; returns floors and ceilings of what is measured later."
+    from seqgan.evaluation.measurement import look_at_real_images
 
     def look() -> dict:
         reference = study.config.evaluation.reference
@@ -265,7 +267,10 @@ def write_card(study: Study, folder: Path, kind: str, metrics: dict) -> None:
         protocol=metrics.get("protocol"),
         made=hardware() | versions() | {"revision": revision(), "seed": config.seed},
     )
-    write_text(folder / "model" / "README.md", card)
+    file = folder / "model" / "README.md"
+    for unfinished in file.parent.glob(f".{file.name}.*"):  # of a process that was killed here
+        unfinished.unlink(missing_ok=True)
+    write_text(file, card)
 
 
 # %% ../../nbs/54_study.ipynb #b4995fd4
@@ -302,6 +307,8 @@ def train_phase_two(study: Study, folder: Path) -> dict:
 @computes("reconstruction")
 def measure_reconstructions(study: Study, folder: Path) -> dict:
     "What the tokenizer, with the decoder of this study's phase, does to the validation images."
+    from seqgan.evaluation.measurement import measure_reconstruction
+
     kind = "tokenizer" if study.config.phase == 1 else "decoder"
     loss = PerceptualLoss(study.vgg, study.config.perceptual)
 
@@ -345,6 +352,8 @@ def train_on_codes(study: Study, folder: Path) -> dict:
 @computes("samples")
 def draw_balanced_samples(study: Study, folder: Path) -> dict:
     "Codes drawn from the transformer, equally many for each class."
+    from seqgan.evaluation.protocol import balanced_labels
+
     config = study.config
     labels = balanced_labels(config.evaluation.samples, len(study.classes))
     transformer = to_inference_dtype(study.transformer)
@@ -355,6 +364,9 @@ def draw_balanced_samples(study: Study, folder: Path) -> dict:
 @computes("generation")
 def measure_samples(study: Study, folder: Path) -> dict:
     "The samples as images, decoded by this study's phase and measured."
+    from seqgan.evaluation.measurement import measure_generation
+    from seqgan.evaluation.protocol import balanced_labels
+
     config = study.config
     kind, n = transformer_kind(config), config.evaluation.samples
     study.transformer.expect_tokenizer(study.tokenizer.codes_digest())

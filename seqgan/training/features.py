@@ -23,8 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import update_bn
-from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import resize
 
 from ..config import Classifier
 from ..core import device, generator, save_tensors
@@ -51,6 +49,8 @@ GROUP = 4  # images that are augmented alike
 
 def strong_augmentation(size: int) -> nn.Module:
     "Images (B, 3, H, W) in [0, 1] -> random squares (B, 3, size, size), all changed alike."
+    from torchvision.transforms import v2  # two seconds, which only this training needs
+
     return v2.Compose(
         [
             v2.RandomResizedCrop(size, scale=(0.35, 1.0)),
@@ -82,6 +82,8 @@ def mix_images(
 
     MixUp and CutMix take turns.
     """
+    from torchvision.transforms import v2
+
     if t % 2 == 0:
         return images, F.one_hot(labels, classes).float()
     mix = v2.MixUp(num_classes=classes, alpha=0.3) if t % 4 == 1 else v2.CutMix(num_classes=classes)
@@ -171,7 +173,8 @@ def train_classifier(
     if loop.ema:
         network = loop.ema["net"].module
         size = config.size or train.images.shape[-1]
-        update_bn((resize(batches(t)[0].to(device()), size) for t in range(100)), network)
+        real = (batches(t)[0].to(device()) for t in range(100))
+        update_bn((F.interpolate(x, (size, size), mode="area") for x in real), network)
     network.freeze().to(memory_format=torch.contiguous_format)
     on_main(lambda: save_tensors(network.state_dict(), Path(folder) / "model.safetensors"))
     predicted = map_batches(lambda x: network(x)["logit"].argmax(1), val.images)  # (N,)

@@ -32,7 +32,7 @@ from ..models.masked import masked_code_loss, random_mask
 from ..models.transformer import Transformer, parameter_groups
 from .checkpoints import read_log
 from .codes import Codes
-from .loop import Loop
+from .loop import Loop, load_best
 from .processes import all_reduce, check_batch_divides, on_main, rank_and_world_size
 from .schedules import exponential, linear, linear_warmup
 
@@ -187,7 +187,7 @@ def train_transformer(
         patience=training.patience,
     )
     if training.keep == "best":
-        loop.load_best()
+        load_best(loop)
     some = torch.linspace(0, len(train) - 1, min(len(train), len(val))).long()
     seen = validation_loss(loop, replace(train, codes=train.codes[some], labels=train.labels[some]))
 
