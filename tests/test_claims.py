@@ -9,29 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from seqgan.study.claims import (
-    ALPHA,
-    CLAIMS,
-    GENERATION,
-    HOLDS,
-    LAYERS,
-    RECONSTRUCTION,
-    REFUTED,
-    UNDECIDED,
-    UNTESTED,
+from seqgan.evaluation.statistics import ALPHA, page_test, sign_flip, t_quantile, t_test
+from seqgan.study.claims import CLAIMS, GENERATION, LAYERS, RECONSTRUCTION, margin
+from seqgan.study.simulation import (
     as_measurements,
-    evidence,
-    judge,
     judge_simulated,
-    margin,
     null_world,
-    page_test,
     paper_world,
-    sign_flip,
     simulate,
-    t_quantile,
-    t_test,
 )
+from seqgan.study.verdicts import HOLDS, REFUTED, UNDECIDED, UNTESTED, evidence, judge
 
 STUDIES = 1000
 BY_ID = {claim.id: claim for claim in CLAIMS}

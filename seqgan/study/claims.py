@@ -7,28 +7,24 @@ __all__ = [
     "PLANNED_SEEDS",
     "LEAST_SEEDS",
     "COLUMNS",
+    "KEY",
     "EVERY_CODE",
     "GENERATION",
     "RECONSTRUCTION",
     "BOTH",
     "LAYERS",
+    "BEST_ALPHA",
+    "PLAIN",
     "CLAIMS",
     "MARGINS",
-    "ALPHA",
-    "Key",
-    "Values",
-    "HOLDS",
-    "REFUTED",
-    "UNDECIDED",
-    "UNTESTED",
-    "RESULTS",
-    "BESIDE",
+    "same_experiments",
     "planned_seeds",
     "measurements",
     "unfinished",
     "Place",
     "Contrast",
     "falls",
+    "opposite",
     "rises",
     "falls_along",
     "Part",
@@ -38,60 +34,25 @@ __all__ = [
     "margin",
     "paper_words",
     "plan_table",
-    "t_tail",
-    "t_quantile",
-    "interval",
-    "sign_flip",
-    "t_test",
-    "holm",
-    "page_test",
-    "keys_of",
-    "effects_of",
-    "Evidence",
-    "evidence",
-    "premise_holds",
-    "weakest",
-    "verdicts",
-    "Reading",
-    "judge",
-    "all_keys",
-    "simulate",
-    "judge_simulated",
-    "as_measurements",
-    "null_world",
-    "paper_world",
-    "power",
-    "seeds_needed",
-    "variance_components",
-    "sd_of_a_seed",
-    "claims_table",
-    "claims_figure",
-    "beside_table",
 ]
 
 # %% ../../nbs/5b_claims.ipynb #9f3ae661
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from itertools import permutations, product
-from textwrap import wrap
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from ..core import check
-from ..plot import DPI
 from ..presets import preset
 from .paper import BEST_RFID_ALPHA, TABLES
 
 
 # %% ../../nbs/5b_claims.ipynb #9a1590a5
 @cache
-def _same_experiments() -> dict[str, str]:
+def same_experiments() -> dict[str, str]:
     "Each row's first name: rows of several tables that are one experiment have one."
     first, found = {}, {}
     for table in TABLES.values():
@@ -106,14 +67,14 @@ LEAST_SEEDS = 3  # of other rows; with fewer a claim is not tested
 
 def planned_seeds(row: str) -> range:
     "The seeds of a row that enter the analysis; rows that are one experiment have the same."
-    first = _same_experiments()
+    first = same_experiments()
     same = [name for name in first if first[name] == first.get(row, row)]
     return range(1, 1 + max(PLANNED_SEEDS.get(name, LEAST_SEEDS) for name in (row, *same)))
 
 
 # %% ../../nbs/5b_claims.ipynb #aa8ebed1
 COLUMNS = ("dataset", "row", "column", "seed", "metric", "value")
-_KEY = list(COLUMNS[:-1])
+KEY = list(COLUMNS[:-1])
 _RENAMED = {"sem": "L_sem", "low": "L_low", "l1": "L1"}  # from a record's names
 
 
@@ -205,14 +166,14 @@ def falls(metric: str, base: str, other: str, *columns: str) -> tuple[Contrast, 
     return tuple(found)
 
 
-def _opposite(contrast: Contrast) -> Contrast:
+def opposite(contrast: Contrast) -> Contrast:
     terms = tuple((place, -weight) for place, weight in contrast.terms)
     return Contrast(contrast.metric, contrast.base, terms)
 
 
 def rises(metric: str, base: str, other: str, *columns: str) -> tuple[Contrast, ...]:
     "That a metric is higher in the row `other` than in the row `base`, in each of the columns."
-    return tuple(_opposite(contrast) for contrast in falls(metric, base, other, *columns))
+    return tuple(opposite(contrast) for contrast in falls(metric, base, other, *columns))
 
 
 def falls_along(metric: str, rows: tuple[str, ...], *columns: str) -> tuple[Contrast, ...]:
@@ -257,12 +218,11 @@ class Claim:
 GENERATION, RECONSTRUCTION = "KID-lite0", "rKID-lite0"
 BOTH = ("AR", "NAR")
 LAYERS = ("low", "A", "B", "C", "D", "sem")  # Table 6 without E
-_G, _R = GENERATION, RECONSTRUCTION
-_BEST = f"alpha {BEST_RFID_ALPHA:g}"
-_LARGE, _PLAIN = "factorised and normalised", "no regularisation"
-_UNUSED = Contrast("usage", Place(_PLAIN), ((EVERY_CODE, 1.0), (Place(_PLAIN), -1.0)))
+BEST_ALPHA = f"alpha {BEST_RFID_ALPHA:g}"
+_LARGE, PLAIN = "factorised and normalised", "no regularisation"
+_UNUSED = Contrast("usage", Place(PLAIN), ((EVERY_CODE, 1.0), (Place(PLAIN), -1.0)))
 _AFTER = Place("phase 2", "AR"), Place("phase 2", "NAR")
-_NAR_LOWER = Contrast(_G, _AFTER[0], ((_AFTER[0], 1.0), (_AFTER[1], -1.0)))
+_NAR_LOWER = Contrast(GENERATION, _AFTER[0], ((_AFTER[0], 1.0), (_AFTER[1], -1.0)))
 
 
 def _semantic(base: str, other: str) -> tuple[Part, ...]:
@@ -278,16 +238,16 @@ def _for_decoders(contrast, metric: str, *columns: str) -> tuple[Contrast, ...]:
 def _worst_of_all() -> tuple[Part, ...]:
     parts = []
     for row in LAYERS:
-        parts.append(Part(f"E reconstructs worse than {row}", rises(_R, row, "E")))
-        parts.append(Part(f"E generates worse than {row}", rises(_G, row, "E", *BOTH)))
+        parts.append(Part(f"E reconstructs worse than {row}", rises(RECONSTRUCTION, row, "E")))
+        parts.append(Part(f"E generates worse than {row}", rises(GENERATION, row, "E", *BOTH)))
     return tuple(parts)
 
 
 def _large_codebook() -> tuple[Part, ...]:
     parts = []
-    for row in (_PLAIN, "k-means", "entropy"):
-        parts.append(Part(f"reconstructs better than {row}", falls(_R, row, _LARGE)))
-        parts.append(Part(f"generates worse than {row}", rises(_G, row, _LARGE, "AR")))
+    for row in (PLAIN, "k-means", "entropy"):
+        parts.append(Part(f"reconstructs better than {row}", falls(RECONSTRUCTION, row, _LARGE)))
+        parts.append(Part(f"generates worse than {row}", rises(GENERATION, row, _LARGE, "AR")))
     return tuple(parts)
 
 
@@ -297,14 +257,16 @@ CLAIMS = (
         "C1",
         "a stronger decoder, trained jointly, generates worse",
         "Table 1",
-        parts=(Part("generates worse", _for_decoders(rises, _G, *TABLES["table1"].columns)),),
-        premise=(Part("it reconstructs better", _for_decoders(falls, _R)),),
+        parts=(
+            Part("generates worse", _for_decoders(rises, GENERATION, *TABLES["table1"].columns)),
+        ),
+        premise=(Part("it reconstructs better", _for_decoders(falls, RECONSTRUCTION)),),
     ),
     Claim(
         "C2",
         "generation improves as alpha rises from 0 to 1",
         "Figure 6b",
-        parts=(Part("generates better", falls(_G, "alpha 0", "alpha 1", *BOTH)),),
+        parts=(Part("generates better", falls(GENERATION, "alpha 0", "alpha 1", *BOTH)),),
         premise=_semantic("alpha 0", "alpha 1"),
     ),
     Claim(
@@ -312,8 +274,8 @@ CLAIMS = (
         f"reconstruction is best at an alpha in between ({BEST_RFID_ALPHA:g})",
         "Figure 6b and text",
         parts=(
-            Part("better than alpha 0", rises(_R, _BEST, "alpha 0")),
-            Part("better than alpha 1", rises(_R, _BEST, "alpha 1")),
+            Part("better than alpha 0", rises(RECONSTRUCTION, BEST_ALPHA, "alpha 0")),
+            Part("better than alpha 1", rises(RECONSTRUCTION, BEST_ALPHA, "alpha 1")),
         ),
         premise=_semantic("alpha 0", "alpha 1"),
     ),
@@ -328,7 +290,7 @@ CLAIMS = (
         "C5",
         "leaving out shallow layers improves generation step by step",
         "Table 6",
-        parts=(Part("falls along the rows", falls_along(_G, LAYERS, *BOTH), LAYERS),),
+        parts=(Part("falls along the rows", falls_along(GENERATION, LAYERS, *BOTH), LAYERS),),
         premise=_semantic("low", "sem"),
     ),
     Claim(
@@ -342,8 +304,8 @@ CLAIMS = (
         "the best reconstruction (D) is not the best generation (sem)",
         "Table 6",
         parts=(
-            Part("D reconstructs better than sem", falls(_R, "sem", "D")),
-            Part("sem generates better than D", falls(_G, "D", "sem", *BOTH)),
+            Part("D reconstructs better than sem", falls(RECONSTRUCTION, "sem", "D")),
+            Part("sem generates better than D", falls(GENERATION, "D", "sem", *BOTH)),
         ),
     ),
     Claim(
@@ -351,9 +313,9 @@ CLAIMS = (
         "the entropy term uses more codes and beats no regularisation in both tasks",
         "Table 5",
         parts=(
-            Part("uses more codes", rises("usage", _PLAIN, "entropy")),
-            Part("reconstructs better", falls(_R, _PLAIN, "entropy")),
-            Part("generates better", falls(_G, _PLAIN, "entropy", *BOTH)),
+            Part("uses more codes", rises("usage", PLAIN, "entropy")),
+            Part("reconstructs better", falls(RECONSTRUCTION, PLAIN, "entropy")),
+            Part("generates better", falls(GENERATION, PLAIN, "entropy", *BOTH)),
         ),
         premise=(Part("codes are unused without regularisation", (_UNUSED,)),),
     ),
@@ -367,15 +329,20 @@ CLAIMS = (
         "C10",
         "a second phase of the decoder improves generation, the codes unchanged",
         "Figure 8b, ImageNet",
-        parts=(Part("generates better", falls(_G, "phase 1", "phase 2", *BOTH)),),
+        parts=(Part("generates better", falls(GENERATION, "phase 1", "phase 2", *BOTH)),),
         premise=(
             Part("PSNR is higher", rises("PSNR", "phase 1", "phase 2")),
             Part("the loss of details is lower", falls("L_low", "phase 1", "phase 2")),
-            Part("it reconstructs better", falls(_R, "phase 1", "phase 2")),
+            Part("it reconstructs better", falls(RECONSTRUCTION, "phase 1", "phase 2")),
         ),
         beside=(
-            Part("than with alpha kept", falls(_G, "phase 2, alpha kept", "phase 2", *BOTH)),
-            Part("than without attention", falls(_G, "phase 2, no attention", "phase 2", *BOTH)),
+            Part(
+                "than with alpha kept", falls(GENERATION, "phase 2, alpha kept", "phase 2", *BOTH)
+            ),
+            Part(
+                "than without attention",
+                falls(GENERATION, "phase 2, no attention", "phase 2", *BOTH),
+            ),
         ),
     ),
     Claim(
@@ -428,7 +395,7 @@ def paper_words(claim: Claim) -> str:
                 number = paper_number(contrast.metric, place)
                 if not math.isnan(number):
                     series.setdefault(name.format(place.column), {})[place.row] = number
-    order = list(_same_experiments())
+    order = list(same_experiments())
     texts = []
     for name, numbers in series.items():
         rows = sorted(numbers, key=order.index)
@@ -453,699 +420,3 @@ def plan_table(claims: Iterable[Claim] = CLAIMS) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(lines)
-
-
-# %% ../../nbs/5b_claims.ipynb #35949455
-def t_tail(t: np.ndarray | float, df: int) -> np.ndarray:
-    "P(T > t) of Student's t with `df` >= 1 whole degrees of freedom, for t of any shape."
-    theta = np.arctan(np.asarray(t, float) / math.sqrt(df))
-    sine, cosine = np.sin(theta), np.cos(theta)
-    odd = df % 2
-    term = cosine if odd else np.ones_like(cosine)
-    total = np.zeros_like(cosine)
-    for k in range(2 + odd, df + 1, 2):  # no term at df 1, one at df 2 and 3
-        total = total + term
-        term = term * cosine**2 * (k - 1) / k
-    inside = 2 / math.pi * (theta + sine * total) if odd else sine * total
-    return (1 - inside) / 2
-
-
-@cache
-def t_quantile(probability: float, df: int) -> float:
-    "The t that a share `probability`, at least 1/2, of Student's t lies below; by bisection."
-    low, high = 0.0, 1.0
-    while t_tail(high, df) > 1 - probability:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        if t_tail(middle, df) > 1 - probability:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-# %% ../../nbs/5b_claims.ipynb #aa7dbdd1
-ALPHA = 0.05
-
-
-def _spread(effects: np.ndarray) -> np.ndarray:
-    "Standard error of the mean over the last axis; exactly 0 where all values are equal."
-    n = effects.shape[-1]
-    error = effects.std(-1, ddof=1) / math.sqrt(n)
-    return np.where(error <= 1e-12 * np.abs(effects).max(-1), 0.0, error)
-
-
-def interval(effects: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Mean and ends of the t interval of effects (..., n), n >= 2; each of shape (...)."
-    mean, error = effects.mean(-1), _spread(effects)
-    reach = t_quantile((1 + level) / 2, effects.shape[-1] - 1) * error
-    return mean, mean - reach, mean + reach
-
-
-@cache
-def _signs(n: int) -> np.ndarray:
-    "Signs (2^n, n), or 4096 random ones for n > 12, the first all plus."
-    if n <= 12:
-        return np.array(list(product((1, -1), repeat=n)))
-    random = np.random.default_rng(n).choice((1, -1), size=(4096, n))
-    random[0] = 1
-    return random
-
-
-def sign_flip(effects: np.ndarray) -> np.ndarray:
-    "One-sided p-values (...) of effects (..., n): the share of sign choices with such a mean."
-    flipped = effects @ _signs(effects.shape[-1]).T  # (..., 2^n)
-    observed = effects.sum(-1, keepdims=True)
-    tolerance = 1e-9 * np.abs(effects).sum(-1, keepdims=True)
-    return (flipped >= observed - tolerance).mean(-1)
-
-
-def t_test(effects: np.ndarray) -> np.ndarray:
-    """One-sided p-values (...) that the mean of effects (..., n) is above 0.
-
-    Where all effects are equal it is the sign-flip test's, which is 1 if they are 0."""
-    error = _spread(effects)
-    constant = error == 0
-    t = effects.mean(-1) / np.where(constant, 1, error)
-    return np.where(constant, sign_flip(effects), t_tail(t, effects.shape[-1] - 1))
-
-
-# %% ../../nbs/5b_claims.ipynb #6cfaa559
-def holm(p: np.ndarray) -> np.ndarray:
-    "Holm's adjusted p-values of p (..., claims); NaN, a claim that is not tested, stays."
-    order = np.argsort(p, -1)  # NaN last
-    ordered = np.take_along_axis(p, order, -1)
-    tested = (~np.isnan(p)).sum(-1, keepdims=True)
-    factors = np.maximum(tested - np.arange(p.shape[-1]), 1)
-    adjusted = np.maximum.accumulate(np.minimum(ordered * factors, 1), -1)
-    found = np.empty_like(adjusted)
-    np.put_along_axis(found, order, adjusted, -1)
-    return found
-
-
-# %% ../../nbs/5b_claims.ipynb #3fca0966
-def _middle_ranks(values: np.ndarray) -> np.ndarray:
-    "Twice the ranks from 1 along the last axis, whole numbers, ties in the middle."
-    below = (values[..., None, :] < values[..., :, None]).sum(-1)
-    equal = (values[..., None, :] == values[..., :, None]).sum(-1)
-    return 2 * below + equal + 1
-
-
-@cache
-def _one_seed(ranks: tuple[int, ...]) -> np.ndarray:
-    "Probability of each value of sum_j j R_j, from 0 on, over all orders of the ranks."
-    orders = np.array(list(permutations(ranks)))  # (k!, k)
-    sums = orders @ np.arange(1, len(ranks) + 1)
-    return np.bincount(sums) / len(sums)
-
-
-@cache
-def _all_seeds(seeds: tuple[tuple[int, ...], ...]) -> np.ndarray:
-    "P(L >= value) for each value from 0 on, for seeds with these sorted ranks."
-    probability = np.ones(1)
-    for ranks in seeds:
-        probability = np.convolve(probability, _one_seed(ranks))
-    return np.minimum(probability[::-1].cumsum()[::-1], 1)
-
-
-def page_test(values: np.ndarray) -> np.ndarray:
-    """Exact one-sided p-values (...) that values (..., n, k) *fall* along the last axis.
-
-    n seeds, k <= 8 rows in the claimed order. A seed with a NaN counts as the reverse order."""
-    n, k = values.shape[-2:]
-    check(2 <= k <= 8, "Page's test must have 2 to 8 rows: it goes through all k! orders", k)
-    reverse = np.arange(k)
-    diverged = np.isnan(values).any(-1, keepdims=True)
-    ranks = _middle_ranks(-np.where(diverged, reverse, values))
-    found = []
-    for study in ranks.reshape(-1, n, k):
-        statistic = int((study @ np.arange(1, k + 1)).sum())
-        blocks = tuple(sorted(tuple(sorted(seed)) for seed in study.tolist()))
-        found.append(_all_seeds(blocks)[statistic])
-    return np.array(found).reshape(values.shape[:-2])
-
-
-# %% ../../nbs/5b_claims.ipynb #ed579a65
-Key = tuple[str, str, str]  # metric, row, column
-Values = Mapping[Key, np.ndarray]  # (..., seeds)
-
-
-def keys_of(part: Part) -> list[Key]:
-    "What must have been measured for a part."
-    keys = [
-        (contrast.metric, place.row, place.column)
-        for contrast in part.contrasts
-        for place, _ in contrast.terms
-        if place != EVERY_CODE
-    ]
-    return list(dict.fromkeys(keys))
-
-
-def _at(values: Values, metric: str, place: Place) -> np.ndarray | float:
-    return 1.0 if place == EVERY_CODE else values[metric, place.row, place.column]
-
-
-def _relative(values: Values, contrast: Contrast, place: Place) -> np.ndarray:
-    "A metric at a place (..., seeds) in units of its mean over the seeds at the contrast's base."
-    base = np.nanmean(_at(values, contrast.metric, contrast.base), -1, keepdims=True)
-    return _at(values, contrast.metric, place) / base
-
-
-def effects_of(part: Part, values: Values) -> np.ndarray:
-    "The effect of a part in each seed (..., seeds), positive where the paper is right."
-    found = [
-        sum(weight * _relative(values, contrast, place) for place, weight in contrast.terms)
-        for contrast in part.contrasts
-    ]
-    return np.mean(found, 0)
-
-
-def _ordered(part: Part, values: Values) -> np.ndarray:
-    "The relative values (..., seeds, rows) of a part that is an order, averaged over columns."
-    found = []
-    for row in part.order:
-        of_row = [_relative(values, c, Place(row, c.base.column)) for c in part.contrasts]
-        found.append(np.mean(of_row, 0))
-    return np.stack(found, -1)
-
-
-# %% ../../nbs/5b_claims.ipynb #dbe414cf
-@dataclass(frozen=True)
-class Evidence:
-    "What the seeds say about a part; arrays of one shape, an entry for each study."
-
-    effect: np.ndarray  # mean over the seeds that did not diverge, in units of the baseline
-    low: np.ndarray  # ends of its 95% interval
-    high: np.ndarray
-    p: np.ndarray  # that there is no effect
-    p_margin: np.ndarray  # that the effect is at least the margin: small refutes the claim
-    p_flip: np.ndarray  # sign-flip test
-    seeds: int  # that did not diverge
-
-
-def _if_diverged(effects: np.ndarray, sign: int) -> np.ndarray:
-    "Effects with the largest absolute one, times `sign`, for those that are NaN."
-    largest = np.nanmax(np.abs(effects), -1, keepdims=True)
-    return np.where(np.isnan(effects), sign * largest, effects)
-
-
-def evidence(part: Part, values: Values) -> Evidence:
-    "The evidence of values (..., seeds) for a part; two seeds or more must not be NaN."
-    effects = effects_of(part, values)
-    diverged = np.isnan(effects).reshape(-1, effects.shape[-1]).any(0)
-    observed = effects[..., ~diverged]
-    worst, best = _if_diverged(effects, -1), _if_diverged(effects, 1)
-    smallest = margin(part) if part.contrasts[0].metric in MARGINS else 0.0
-    return Evidence(
-        *interval(observed),
-        p=page_test(_ordered(part, values)) if part.order else t_test(worst),
-        p_margin=t_test(smallest - best),
-        p_flip=sign_flip(worst),
-        seeds=observed.shape[-1],
-    )
-
-
-# %% ../../nbs/5b_claims.ipynb #83615498
-HOLDS, REFUTED, UNDECIDED, UNTESTED = "holds", "does not hold", "not decided", "not tested"
-
-
-def premise_holds(premise: Iterable[Evidence]) -> np.ndarray | bool:
-    "Whether all parts of a premise hold, in each study."
-    return np.all([found.p <= ALPHA for found in premise], 0)
-
-
-def weakest(parts: list[Evidence]) -> np.ndarray:
-    "Which part has the largest p-value, in each study."
-    return np.argmax([found.p for found in parts], 0)
-
-
-def _is_refuted(parts: list[Evidence]) -> np.ndarray:
-    "Whether some part is refuted at 2.5%, shared among the parts (Bonferroni)."
-    least = np.min([found.p_margin for found in parts], 0)
-    return least <= ALPHA / 2 / len(parts)
-
-
-def verdicts(p_holm: np.ndarray, parts: list[Evidence]) -> np.ndarray:
-    "The verdict in each study. `p_holm` is NaN where the premise does not hold."
-    cases = [np.isnan(p_holm), _is_refuted(parts), p_holm <= ALPHA]
-    return np.select(cases, [UNTESTED, REFUTED, HOLDS], UNDECIDED)
-
-
-# %% ../../nbs/5b_claims.ipynb #4eaa1e66
-def _cells(tidy: pd.DataFrame) -> dict[Key, pd.Series]:
-    "The values of one dataset by (metric, row, column), each with the seeds as its index."
-    finite = tidy.assign(value=tidy.value.where(np.isfinite(tidy.value)))
-    grouped = finite.groupby(["metric", "row", "column"])
-    return {key: group.set_index("seed").value.sort_index() for key, group in grouped}
-
-
-def _name(key: Key) -> str:
-    "('KID-lite0', 'alpha 0', 'AR') -> 'KID-lite0 of alpha 0 (AR)'."
-    metric, row, column = key
-    return f"{metric} of {row}" + (f" ({column})" if column else "")
-
-
-def _listed(things: Iterable[object]) -> str:
-    return ", ".join(str(thing) for thing in things)
-
-
-def _reason(part: Part, cells: dict[Key, pd.Series], values: Values) -> str:
-    "Why a part cannot be tested; empty if it can."
-    missing = [key for key in keys_of(part) if key not in cells]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        return f"no {_name(missing[0])}{more}"
-    whole = np.isfinite(list(values.values())).all(0).sum()
-    if whole < LEAST_SEEDS:
-        return f"{whole} complete seeds, {LEAST_SEEDS} are needed"
-    for contrast in part.contrasts:
-        base = (contrast.metric, contrast.base.row, contrast.base.column)
-        if np.nanmean(values[base]) <= 0:
-            return f"{_name(base)} is not above 0"
-    return ""
-
-
-@dataclass(frozen=True)
-class Reading:
-    "A part as measured: its evidence, or the reason why there is none; remarks about its seeds."
-
-    part: Part
-    found: Evidence | None
-    reason: str
-    remarks: tuple[str, ...]
-
-
-def _remarks(present: dict[Key, pd.Series], shared: list[int]) -> tuple[str, ...]:
-    "Which seeds are not in every cell of a part, and which runs diverged."
-    every = set().union(*(series.index for series in present.values()))
-    remarks = []
-    if every - set(shared):
-        remarks.append(f"unpaired: seed {_listed(sorted(every - set(shared)))}")
-    for key, series in present.items():
-        diverged = [seed for seed in shared if np.isnan(series[seed])]
-        if diverged:
-            remarks.append(f"{_name(key)}: seed {_listed(diverged)} diverged")
-    return tuple(remarks)
-
-
-def _read(part: Part, cells: dict[Key, pd.Series]) -> Reading:
-    "Pair the cells of a part by seed and test it."
-    present = {key: cells[key] for key in keys_of(part) if key in cells}
-    indices = [set(series.index) for series in present.values()]
-    shared = sorted(set.intersection(*indices)) if indices else []
-    values = {key: series.loc[shared].to_numpy(float) for key, series in present.items()}
-    reason = _reason(part, cells, values)
-    found = None if reason else evidence(part, values)
-    return Reading(part, found, reason, _remarks(present, shared))
-
-
-# %% ../../nbs/5b_claims.ipynb #2fc68b2a
-def _untested(premise: list[Reading], parts: list[Reading]) -> str:
-    "Why a claim is not tested; empty if it is."
-    for reading in premise:
-        if reading.reason:
-            return f"premise: {reading.reason}"
-        if reading.found.p > ALPHA:
-            return f"premise fails: {reading.part.words} (p = {reading.found.p:.2g})"
-    return next((reading.reason for reading in parts if reading.reason), "")
-
-
-def _statistics(reading: Reading) -> dict[str, object]:
-    "The numbers of a part that was tested, as columns."
-    found = reading.found
-    return {
-        "part": reading.part.words,
-        "metric": reading.part.contrasts[0].metric,
-        "effect": float(found.effect),
-        "low": float(found.low),
-        "high": float(found.high),
-        "margin": margin(reading.part),
-        "seeds": found.seeds,
-        "p_margin": float(found.p_margin),
-        "p_flip": float(found.p_flip),
-        "p_flip_least": 0.5**found.seeds,
-    }
-
-
-def _decide(line: dict, parts: list[Reading]) -> None:
-    "Complete the line of a claim that is tested, in place; `p` and `p_holm` are there."
-    evidences = [reading.found for reading in parts]
-    line["verdict"] = str(verdicts(np.asarray(line["p_holm"]), evidences))
-    shown = parts[int(weakest(evidences))]
-    if line["verdict"] == REFUTED:
-        shown = min(parts, key=lambda reading: float(reading.found.p_margin))
-        way = "the other way round" if shown.found.high < 0 else "no effect that matters"
-        line["why"] = f"{shown.part.words}: {way}"
-    line |= _statistics(shown)
-
-
-# %% ../../nbs/5b_claims.ipynb #80a9492e
-RESULTS = ("dataset", "claim", "verdict", "why", "part", "metric", "effect", "low", "high")
-RESULTS += ("margin", "seeds", "p", "p_holm", "p_margin", "p_flip", "p_flip_least", "remarks")
-
-
-def _judge_dataset(tidy: pd.DataFrame, claims: Iterable[Claim]) -> list[dict]:
-    "A line for each claim, from the measurements of one dataset."
-    cells = _cells(tidy)
-    lines, readings = [], []
-    for claim in claims:
-        premise = [_read(part, cells) for part in claim.premise]
-        parts = [_read(part, cells) for part in claim.parts]
-        line = {"claim": claim.id, "why": _untested(premise, parts), "p": np.nan}
-        line["remarks"] = "; ".join(
-            dict.fromkeys(remark for reading in premise + parts for remark in reading.remarks)
-        )
-        if not line["why"]:
-            line["p"] = max(float(reading.found.p) for reading in parts)
-        lines.append(line)
-        readings.append(parts)
-    adjusted = holm(np.array([line["p"] for line in lines]))
-    for line, parts, p_holm in zip(lines, readings, adjusted, strict=True):
-        line["p_holm"] = p_holm
-        line["verdict"] = UNTESTED
-        if not line["why"]:
-            _decide(line, parts)
-    return lines
-
-
-def judge(tidy: pd.DataFrame, claims: Iterable[Claim] = CLAIMS) -> pd.DataFrame:
-    """The verdict on each claim, for each dataset: one line each, with the columns `RESULTS`.
-
-    `tidy` has the columns `COLUMNS`. Effects, their 95% intervals and margins are in units of the
-    baseline, positive where the paper is right. A claim of several parts shows its weakest, or the
-    one that refutes it; `p` is the weakest's.
-
-    Raises ValueError for other columns, or two values of one metric, place and seed."""
-    check(set(COLUMNS) <= set(tidy), f"measurements must have the columns {COLUMNS}", list(tidy))
-    twice = tidy[tidy.duplicated(_KEY)]
-    check(
-        twice.empty,
-        "a metric must have one value for each dataset, row, column and seed; two have",
-        twice[_KEY].head(3).to_dict("records"),
-        "Remove the record that is not part of the study.",
-    )
-    claims, lines = list(claims), []
-    for dataset, part in tidy.groupby("dataset", sort=False):
-        lines += [{"dataset": dataset} | line for line in _judge_dataset(part, claims)]
-    return pd.DataFrame(lines, columns=RESULTS)
-
-
-# %% ../../nbs/5b_claims.ipynb #4ec436ee
-def all_keys() -> list[Key]:
-    "All that the claims, their premises and what stands beside them need."
-    parts = [p for c in CLAIMS for p in (*c.parts, *c.premise, *c.beside)]
-    return list(dict.fromkeys(key for part in parts for key in keys_of(part)))
-
-
-def simulate(
-    means: Mapping[Key, float],
-    seeds: int,
-    studies: int = 1000,
-    noise: float = 0.05,
-    correlation: float = 0.5,
-    tails: int = 0,
-    seed: int = 0,
-) -> dict[Key, np.ndarray]:
-    """Made-up studies: values (studies, seeds) by key, 1 on average where `means` has no key.
-
-    Keys of one experiment share their values, so its mean is that of any of its names. `noise` is
-    the standard deviation as a share of the mean, `correlation` that of two cells of a seed in
-    [0, 1], `tails` the degrees of freedom (above 2) of heavy tails, 0 for none."""
-    rng = np.random.default_rng(seed)
-    shape = (studies, seeds)
-
-    def draw() -> np.ndarray:
-        if tails:
-            return rng.standard_t(tails, shape) * math.sqrt(1 - 2 / tails)
-        return rng.normal(size=shape)
-
-    names = _same_experiments()
-    level = {(m, names[row], column): mean for (m, row, column), mean in means.items()}
-    common, tokenizers, cells = draw(), {}, {}
-    for metric, row, column in all_keys():
-        key = (metric, names[row], column)
-        if key not in cells:
-            tokenizer = tokenizers.setdefault((metric, names[row]), draw())
-            own = math.sqrt(0.5) * (tokenizer + draw())
-            scatter = math.sqrt(correlation) * common + math.sqrt(1 - correlation) * own
-            cells[key] = level.get(key, 1.0) * (1 + noise * scatter)
-    return {(m, row, column): cells[m, names[row], column] for m, row, column in all_keys()}
-
-
-# %% ../../nbs/5b_claims.ipynb #3470f33a
-def judge_simulated(values: Values) -> dict[str, np.ndarray]:
-    "The verdicts (studies,) on each claim, by its name."
-    found, p = {}, []
-    for claim in CLAIMS:
-        parts = [evidence(part, values) for part in claim.parts]
-        found[claim.id] = parts
-        premise = [evidence(part, values) for part in claim.premise]
-        combined = np.max([part.p for part in parts], 0)
-        p.append(np.where(premise_holds(premise), combined, np.nan) if premise else combined)
-    adjusted = holm(np.stack(p, -1))  # (studies, claims)
-    return {claim.id: verdicts(adjusted[..., i], found[claim.id]) for i, claim in enumerate(CLAIMS)}
-
-
-def as_measurements(values: Values, study: int = 0, dataset: str = "simulated") -> pd.DataFrame:
-    "One simulated study as a tidy table; seeds begin at 1."
-    lines = [
-        (dataset, row, column, seed, metric, float(value))
-        for (metric, row, column), array in values.items()
-        for seed, value in enumerate(np.atleast_2d(array)[study], start=1)
-    ]
-    return pd.DataFrame(lines, columns=COLUMNS)
-
-
-# %% ../../nbs/5b_claims.ipynb #61324b4c
-def null_world() -> dict[Key, float]:
-    "Means for `simulate` in which every premise is true and nothing that is claimed."
-    return {
-        ("L_sem", "alpha 1", ""): 0.7,
-        (_R, "conv x2", ""): 0.7,
-        (_R, "attention x2", ""): 0.7,
-        ("usage", _PLAIN, ""): 0.5,
-        ("usage", "entropy", ""): 0.5,
-        ("PSNR", "phase 2", ""): 1.5,
-        ("L_low", "phase 2", ""): 0.6,
-        (_R, "phase 2", ""): 0.6,
-    }
-
-
-def paper_world() -> dict[Key, float]:
-    "Means for `simulate` in which all distances are in the paper's proportions."
-    means = {}
-    for metric, row, column in all_keys():
-        number = paper_number(metric, Place(row, column))
-        if not row.startswith("phase") and not math.isnan(number):
-            means[metric, row, column] = number
-    means[_R, _BEST, ""] = 0.9 * means[_R, "alpha 1", ""]
-    means["val_loss", "alpha 1", "AR"] = 0.9
-    for column in BOTH:  # Figure 8 is of the long trainings: its ratios, on Table 6's level
-        first, second = (paper_number(_G, Place(f"phase {i}", column)) for i in (1, 2))
-        level = means[_G, "sem", column]
-        means[_G, "phase 2", column] = level * second / first
-        for control in ("phase 2, alpha kept", "phase 2, no attention"):
-            means[_G, control, column] = level
-    means[_R, "phase 2", ""] = 0.6 * means[_R, "sem", ""]
-    return {
-        key: value for key, value in null_world().items() if key[0] not in (_R, "usage")
-    } | means
-
-
-# %% ../../nbs/5b_claims.ipynb #693247a4
-def power(effect: float, sd: float, seeds: int, level: float = ALPHA) -> float:
-    "The probability that a one-sided t test over 2 `seeds` or more finds an effect of this sd."
-    df = seeds - 1
-    u = np.linspace(0, 8, 4001)[1:]
-    density = np.exp((df - 1) * np.log(u) - df * (u**2 - 1) / 2)
-    argument = effect / sd * math.sqrt(seeds) - t_quantile(1 - level, df) * u
-    below = np.array([math.erfc(-x / math.sqrt(2)) / 2 for x in argument])
-    return float((density * below).sum() / density.sum())
-
-
-def seeds_needed(
-    effect: float, sd: float, wanted: float = 0.8, level: float = ALPHA, most: int = 1000
-) -> int:
-    """The least number of seeds with which an effect is found with probability `wanted`.
-
-    `level` / 11 is what Holm asks of the first of eleven claims. Raises ValueError if it takes more
-    than `most`, or for an effect or sd that is not positive."""
-    check(effect > 0 and sd > 0, "effect and sd must be positive", (effect, sd))
-    for n in range(LEAST_SEEDS, most + 1):
-        if power(effect, sd, n, level) >= wanted:
-            return n
-    raise ValueError(f"More than {most} seeds are needed for {effect} of sd {sd}.")
-
-
-# %% ../../nbs/5b_claims.ipynb #2417d50c
-def variance_components(values: np.ndarray) -> pd.DataFrame:
-    """Variance, sd and share of tokenizer, transformer and sampling, by the method of moments.
-
-    `values` (tokenizers, transformers of each, samplings of each), each at least 2, all finite.
-    `clipped` says whether an estimate was negative and is set to 0. Searle, Casella and McCulloch,
-    "Variance Components", 1992, chapter 3."""
-    values = np.asarray(values, float)
-    check(
-        values.ndim == 3 and min(values.shape) >= 2,
-        "values must have the shape (tokenizers, transformers, samplings), each 2 or more",
-        values.shape,
-    )
-    check(np.isfinite(values).all(), "values must be finite", remedy="Balance needs all runs.")
-    a, b, r = values.shape
-    transformer, tokenizer = values.mean(2), values.mean((1, 2))
-    sampling_square = ((values - transformer[..., None]) ** 2).sum() / (a * b * (r - 1))
-    transformer_square = r * ((transformer - tokenizer[:, None]) ** 2).sum() / (a * (b - 1))
-    tokenizer_square = b * r * tokenizer.var(ddof=1)
-    found = pd.Series(
-        {
-            "tokenizer": (tokenizer_square - transformer_square) / (b * r),
-            "transformer": (transformer_square - sampling_square) / r,
-            "sampling": sampling_square,
-        }
-    )
-    variance = found.clip(lower=0)
-    share = variance / variance.sum() if variance.sum() > 0 else variance
-    degrees = [a - 1, a * (b - 1), a * b * (r - 1)]
-    columns = {"variance": variance, "sd": variance**0.5, "share": share, "df": degrees}
-    return pd.DataFrame(columns | {"clipped": found < 0})
-
-
-def sd_of_a_seed(components: pd.DataFrame, transformers: int = 1, samplings: int = 1) -> float:
-    "The standard deviation of one seed's number, a mean over its transformers and samplings."
-    parts = components.variance / [1, transformers, transformers * samplings]
-    return float(parts.sum() ** 0.5)
-
-
-# %% ../../nbs/5b_claims.ipynb #c66847b1
-def _percent(value: float) -> str:
-    return f"{100 * value:+.2g}%"
-
-
-def _here(line: pd.Series) -> str:
-    "What was found: the effect with its interval, p-values, seeds."
-    if pd.isna(line.effect):
-        return ""
-    return (
-        f"{line.part}: {_percent(line.effect)} of the baseline "
-        f"[{_percent(line.low)}, {_percent(line.high)}], margin {100 * line.margin:.2g}%, "
-        f"p = {line.p:.2g} (Holm {line.p_holm:.2g}; sign flip {line.p_flip:.2g}, "
-        f"at least {line.p_flip_least:.2g}), {line.seeds:.0f} seeds"
-    )
-
-
-def claims_table(results: pd.DataFrame, claims: Iterable[Claim] = CLAIMS) -> pd.DataFrame:
-    """In words: claim, what it says, the paper's numbers, what was found here, verdict.
-
-    `results` are those of `judge` for one dataset."""
-    claims = {claim.id: claim for claim in claims}
-    lines = []
-    for _, line in results.iterrows():
-        claim = claims[line.claim]
-        reason = f"{line.verdict}: {line.why}" if line.why else line.verdict
-        lines.append(
-            {
-                "claim": claim.id,
-                "it says": claim.words,
-                "paper": paper_words(claim),
-                "here": "; ".join(filter(None, (_here(line), line.remarks))),
-                "verdict": reason,
-            }
-        )
-    return pd.DataFrame(lines, columns=["claim", "it says", "paper", "here", "verdict"])
-
-
-# %% ../../nbs/5b_claims.ipynb #02c5ee27
-_COLOURS = {HOLDS: "tab:blue", REFUTED: "tab:red", UNDECIDED: "tab:gray", UNTESTED: "darkgray"}
-
-
-def _claim_line(ax: Axes, y: int, line: pd.Series) -> None:
-    "One claim: its effect and interval in margins, its verdict as a word at the right."
-    colour, text = _COLOURS[line.verdict], line.verdict
-    if not pd.isna(line.effect):
-        low, value, high = (line[name] / line.margin for name in ("low", "effect", "high"))
-        ax.plot([low, high], [y, y], color=colour, linewidth=2)
-        ax.plot([value], [y], "o", color=colour, markersize=6)
-        text += f"  {_percent(line.effect)}, {line.seeds:.0f} seeds"
-    style = {"va": "center", "fontsize": 9, "color": colour}
-    ax.text(1.02, y, text, transform=ax.get_yaxis_transform(), **style)
-
-
-def _scale_in_margins(ax: Axes, results: pd.DataFrame) -> None:
-    "An axis that shows all intervals: linear within the margin, logarithmic outside."
-    reach = (results[["low", "high"]].abs().max(axis=1) / results.margin).max()
-    reach = 3 if pd.isna(reach) else max(3, 1.3 * reach)
-    ticks = [tick for tick in (1, 3, 10, 30, 100) if tick <= reach]
-    ticks = [-tick for tick in reversed(ticks)] + [0] + ticks
-    ax.set_xscale("symlog", linthresh=1)
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.minorticks_off()
-    ax.set(xlim=(-reach, reach), xlabel="effect in margins: the reverse | as the paper says")
-
-
-def _claims_panel(ax: Axes, results: pd.DataFrame, words: dict[str, str]) -> None:
-    "The claims of one dataset, from above."
-    ax.axvspan(-1, 1, color="tab:gray", alpha=0.15, linewidth=0)
-    ax.axvline(0, color="black", linewidth=0.8)
-    for y, (_, line) in enumerate(results.iterrows()):
-        _claim_line(ax, y, line)
-    labels = ["\n".join(wrap(f"{name}  {words[name]}", 52)) for name in results.claim]
-    ax.set_yticks(range(len(results)), labels, fontsize=8)
-    ax.set_ylim(len(results) - 0.5, -0.5)
-    _scale_in_margins(ax, results)
-    ax.set_title(results.dataset.iloc[0], fontsize=10)
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def claims_figure(results: pd.DataFrame, claims: Iterable[Claim] = CLAIMS) -> Figure:
-    """One panel for each dataset, one line for each claim: effect, interval, margin, verdict.
-
-    `results` are those of `judge`, of one dataset or more."""
-    words = {claim.id: claim.words for claim in claims}
-    panels = [part for _, part in results.groupby("dataset", sort=False)]
-    check(panels, "there must be results of a dataset")
-    size = (9, 0.4 * len(results) + 1.2 * len(panels))
-    fig, axes = plt.subplots(
-        len(panels), figsize=size, dpi=DPI, layout="constrained", squeeze=False
-    )
-    for ax, part in zip(axes[:, 0], panels, strict=True):
-        _claims_panel(ax, part, words)
-    plt.close(fig)
-    return fig
-
-
-# %% ../../nbs/5b_claims.ipynb #27ab0688
-BESIDE = ("FID-lite0", "SWD", "class_accuracy")
-
-
-def _by_metric(part: Part, metric: str) -> Part:
-    "A part about generation as another metric sees it."
-    replaced = tuple(Contrast(metric, c.base, c.terms) for c in part.contrasts)
-    if metric == "class_accuracy":
-        replaced = tuple(_opposite(contrast) for contrast in replaced)
-    return Part(part.words, replaced)
-
-
-def _parts_beside(claim: Claim) -> list[Part]:
-    "What is reported with a claim and decides nothing."
-    about_samples = [p for p in claim.parts if p.contrasts[0].metric == GENERATION]
-    others = [_by_metric(part, metric) for part in about_samples for metric in BESIDE]
-    return [*claim.beside, *others]
-
-
-def beside_table(tidy: pd.DataFrame, claims: Iterable[Claim] = CLAIMS) -> pd.DataFrame:
-    """Effects with 95% intervals that decide nothing, of one dataset, in units of the baseline.
-
-    A line for each part and metric that was measured for three seeds or more."""
-    cells, lines = _cells(tidy), []
-    for claim in claims:
-        for part in _parts_beside(claim):
-            found = _read(part, cells).found
-            if found is None:
-                continue
-            line = {"claim": claim.id, "part": part.words, "metric": part.contrasts[0].metric}
-            numbers = {"effect": found.effect, "low": found.low, "high": found.high}
-            line |= {name: float(value) for name, value in numbers.items()}
-            lines.append(line | {"seeds": found.seeds})
-    columns = ["claim", "part", "metric", "effect", "low", "high", "seeds"]
-    return pd.DataFrame(lines, columns=columns)
