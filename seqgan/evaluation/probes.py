@@ -34,6 +34,11 @@ PENALTIES = tuple(10.0**k for k in range(-4, 3))  # lambda
 
 def _ridge(x: Tensor, y: Tensor, penalties: Sequence[float]) -> list[Tensor]:
     "Weights (F, T) for each penalty, of standardised x (N, F) and centred y (N, T), float64."
+    if len(x) < x.shape[1]:  # fewer images than features: the same by way of (N, N)
+        values, vectors = torch.linalg.eigh(x @ x.T)
+        projected = vectors.T @ y  # (N, T)
+        shrunk = [projected / (values + p * len(x))[:, None] for p in penalties]
+        return [x.T @ (vectors @ part) for part in shrunk]
     values, vectors = torch.linalg.eigh(x.T @ x)
     projected = vectors.T @ (x.T @ y)  # (F, T)
     return [vectors @ (projected / (values + p * len(x))[:, None]) for p in penalties]
