@@ -825,11 +825,11 @@ MUTANTS = [
     ),
     Mutant(
         "branch-point-with-alpha",
-        "the beginning that all alphas share is at alpha = 0",
+        "all alphas share one beginning",
         "study.graph",
         "replace(config.perceptual, alpha=0.0, layers=())",
         "replace(config.perceptual, layers=())",
-        ("tests/test_plumbing.py",),
+        ("notebook",),
     ),
     Mutant(
         "sampler-mixed-up",
