@@ -21,6 +21,7 @@ setup(
     long_description=(root / "README.md").read_text(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["seqgan", "seqgan.*"]),
+    package_data={"seqgan": ["weights/*"]},
     python_requires=f">={settings['min_python']},<3.13",
     install_requires=settings["requirements"].split(),
     extras_require={

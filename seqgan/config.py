@@ -82,10 +82,13 @@ class Data(Settings):
 # %% ../nbs/02_config.ipynb #bd6f711b
 @dataclass(frozen=True)
 class VGG(Settings):
-    "The perceptual network: VGG-16 with ImageNet weights, or a narrower one, trained here."
+    "The perceptual network: VGG-16 with ImageNet's weights, or a narrower one."
 
     weights: str = paper(
-        "imagenet", "section 3.3.2, a pre-trained VGG", one_of("imagenet", "local")
+        "imagenet",
+        "section 3.3.2, a pre-trained VGG; 'quarter-0' and 'quarter-1' come with the package, "
+        "'local' is trained on the labels of the dataset, with the settings that follow",
+        one_of("imagenet", "quarter-0", "quarter-1", "local"),
     )
     width: float = paper(1.0, "VGG-16", POSITIVE)
     pools: tuple[int, ...] = paper(
@@ -96,6 +99,11 @@ class VGG(Settings):
     batch_norm: bool = paper(False, "VGG-16 without batch normalisation")
     head: int = paper(7, "VGG-16: side of the grid that the classifier sees", at_least(1))
     dropout: float = paper(0.5, "VGG-16, between the linear layers", BELOW_ONE)
+    sha256: str = added_later(
+        "",
+        "of the weights that come with the package, "
+        "filled in by `seqgan.study.graph.resolve_config`",
+    )
 
     @property
     def stride(self) -> int:
@@ -278,6 +286,17 @@ class Perceptual(Settings):
         0,
         "one alpha throughout; the first `warmup` steps use alpha = 0, "
         "so that short trainings have something to recognise",
+        at_least(0),
+    )
+    scale_taps: bool = added_later(
+        False,
+        "divide each layer's term by the mean square of the layer on real images "
+        "(Gatys et al., 2015), as the network's card has it",
+    )
+    align: float = added_later(
+        0.0,
+        "weight of a loss that is not the paper's: features before quantisation are drawn to "
+        "relu5_3 by cosine, as GigaTok (Xiong et al., 2025) does with another network's",
         at_least(0),
     )
 

@@ -23,10 +23,8 @@ _SMALL = ("small", "tiny", "smoke")
 # What departs, in plain words -> setting -> its value in small, tiny and smoke; None: the paper's.
 # fmt: off
 _DEPARTURES = {
-    "a perceptual network that is trained here, on the labels of the dataset": {
-        "vgg.weights":                      ("local",         "local",        "local"),
-        "vgg.batch_norm":                   (True,            True,           True),
-        "vgg.dropout":                      (0.0,             0.0,            0.0),
+    "a perceptual network that comes with the package": {
+        "vgg.weights":                      ("quarter-0",     "quarter-0",    "quarter-0"),
     },
     "a judge whose weights are installed": {
         "evaluation.judge":                 ("lite0",         "lite0",        "lite0"),
@@ -37,9 +35,6 @@ _DEPARTURES = {
         "data.val":                         (None,            None,           64),
     },
     "smaller networks": {
-        "vgg.width":                        (0.5,             0.1875,         0.125),
-        "vgg.pools":                        ((1, 1, 1, 0, 1), (1, 1, 0, 0, 1), (1, 1, 0, 0, 1)),
-        "vgg.head":                         (4,               2,              2),
         "autoencoder.channels":             (64,              16,             16),
         "autoencoder.multipliers":          ((1, 2, 2, 4),    (1, 2, 4),      (1, 2, 4)),
         "autoencoder.blocks":               (None,            1,              1),
@@ -58,7 +53,6 @@ _DEPARTURES = {
         "autoencoder.dilation":             ("groups",        "groups",       "groups"),
     },
     "shorter trainings": {
-        "classifier.steps":                 (8000,            850,            20),
         "tokenizer_training.steps":         (12_000,          1300,           12),
         "second_phase.steps":               (4000,            400,            6),
         "transformer_training.steps":       (10_000,          250,            12),
@@ -72,7 +66,6 @@ _DEPARTURES = {
         "transformer_training.decay_start": (2000,            100,            2),
     },
     "other batches": {
-        "classifier.batch":                 (None,            64,             32),
         "tokenizer_training.batch":         (None,            32,             16),
         "second_phase.batch":               (64,              32,             16),
         "transformer_training.batch":       (128,             48,             16),
@@ -108,6 +101,15 @@ _DEPARTURES = {
     "fewer images to measure": {
         "evaluation.samples":               (10_000,          2000,           64),
         "evaluation.reference":             (20_000,          16_000,         128),
+    },
+    "no part in it, unless vgg.weights = 'local': a perceptual network that is trained here": {
+        "vgg.width":                        (0.5,             0.1875,         0.125),
+        "vgg.pools":                        ((1, 1, 1, 0, 1), (1, 1, 0, 0, 1), (1, 1, 0, 0, 1)),
+        "vgg.head":                         (4,               2,              2),
+        "vgg.batch_norm":                   (True,            True,           True),
+        "vgg.dropout":                      (0.0,             0.0,            0.0),
+        "classifier.steps":                 (8000,            850,            20),
+        "classifier.batch":                 (None,            64,             32),
     },
 }
 # fmt: on

@@ -35,7 +35,8 @@ from torch_fidelity.utils import create_feature_extractor
 
 from ..core import check, device, file_digest, progress
 from ..data.images import LazyImages
-from ..models.features import weights_digest, weights_file
+from ..models.features import weights_digest
+from ..models.weights import weights_file
 
 # %% ../../nbs/40_judges.ipynb #cc329ace
 Pixels = torch.Tensor | LazyImages  # uint8 (N, 3, H, W), held or decoded when they are asked for

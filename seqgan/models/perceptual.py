@@ -67,11 +67,19 @@ class PerceptualLoss(nn.Module):
     """The semantic-enhanced perceptual loss of section 3.3.2 with a frozen feature network.
 
     `vgg`: images (B, 3, H, W) in [-1, 1] -> {layer: features}; it is frozen here. Under autocast
-    only its convolutions are in low precision.
+    only its convolutions are in low precision. Raises ValueError if taps are to be scaled and the
+    network does not know their `mean_squares`.
     """
 
     def __init__(self, vgg: nn.Module, config: PerceptualConfig):
         super().__init__()
+        self.squares = getattr(vgg, "mean_squares", None)
+        check(
+            self.squares or not config.scale_taps,
+            "perceptual.scale_taps must be False for a network whose card has no mean squares",
+            config.scale_taps,
+            "vgg.weights = 'quarter-0' and 'quarter-1' have them.",
+        )
         vgg = vgg.requires_grad_(False).eval()
         self.vgg = vgg.to(memory_format=torch.channels_last)  # a fifth faster
         self.config = config
@@ -88,11 +96,14 @@ class PerceptualLoss(nn.Module):
         must = f"fake images must have the shape of the real ones, {tuple(real.shape)}"
         check(fits, must, tuple(fake.shape))
         with torch.no_grad():
-            target = self._features(real)
-        terms = layer_losses(target, self._features(fake))
+            target = self.features(real)
+        terms = layer_losses(target, self.features(fake))
+        if self.config.scale_taps:
+            terms = {name: term / self.squares[name] for name, term in terms.items()}
         losses = perceptual_loss(terms, layer_weights(self.config.alpha, self.config.layers))
         return losses | {name: term.detach() for name, term in terms.items()}
 
-    def _features(self, images: Tensor) -> dict[str, Tensor]:
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        "What the network sees in images (B, 3, H, W): {layer: (B, C, H', W'), 'logit': (B, C)}."
         images = at_least_float32(images)
         return self.vgg(images.contiguous(memory_format=torch.channels_last))

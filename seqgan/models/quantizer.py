@@ -298,13 +298,14 @@ class Codebook(nn.Module):
 
 # %% ../../nbs/23_quantizer.ipynb #5a418af0
 class QuantizerLosses(TypedDict):
-    "The terms of the quantizer's loss, scalars, and the soft usage that its entropy is taken from."
+    "The terms of the quantizer's loss, scalars, and what they are taken from."
 
     codebook: Tensor  # Equation 2, moves the codes
     commitment: Tensor  # Equation 2 without beta, moves the features
     entropy: Tensor  # section 3.4, nats, at most ln K; of the whole batch, or the images' mean
     vq: Tensor  # codebook + beta * commitment - gamma * entropy: a term of the training loss
     mean_assignment: Tensor  # (K,), of the features at hand, without gradient
+    features: Tensor  # (B, h, w, d), what is quantised
 
 
 # %% ../../nbs/23_quantizer.ipynb #4fb8b279
@@ -335,6 +336,7 @@ class Quantizer(Codebook):
                 entropy=usage_entropy,
                 vq=codebook + c.beta * commitment - c.gamma * usage_entropy,
                 mean_assignment=mean.detach(),
+                features=z,
             )
             return self.to_channels(straight_through(z, z_q)), codes, losses
 

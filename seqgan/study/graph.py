@@ -27,6 +27,7 @@ from ..data.batches import check_batch
 from ..data.folders import resolve_data
 from ..data.images import count_images
 from ..models.perceptual import layer_weights
+from ..models.weights import SHIPPED, card_of
 from ..presets import preset
 from .runs import Run
 from ..training.processes import check_batch_divides
@@ -57,7 +58,6 @@ _phase_one = _pick(
     "seed",
     "data",
     "vgg",
-    "classifier",
     "autoencoder",
     "quantizer",
     "perceptual",
@@ -179,11 +179,15 @@ def _with_start_weights(config: Experiment) -> Experiment:
 
 
 def resolve_config(config: Experiment) -> Experiment:
-    """`config` with the fingerprint of its images and of the weights that it starts from.
+    """`config` with the fingerprints of its images, of a perceptual network that comes with the
+    package, and of the weights that it starts from.
 
     Raises ValueError for images or a tokenizer that are not there."""
     if not config.data.fingerprint:
         config = replace(config, data=resolve_data(config.data))
+    if config.vgg.weights in SHIPPED:
+        sha256 = card_of(config.vgg.weights)["sha256"]
+        config = replace(config, vgg=replace(config.vgg, sha256=sha256))
     return _with_start_weights(config)
 
 

@@ -37,10 +37,11 @@ from ..config import Data, Experiment
 from ..core import check, device, print_main, to_float, to_uint8, write_text
 from ..data.images import ImageSet, load
 from ..models.cards import model_card
-from ..models.features import VGG, imagenet_vgg
+from ..models.features import VGG
 from ..models.perceptual import PerceptualLoss
 from ..models.tokenizer import Tokenizer
 from ..models.transformer import Transformer, to_inference_dtype
+from ..models.weights import SHIPPED, imagenet_vgg, shipped_vgg
 from seqgan.study.graph import (
     check_enough_images,
     check_experiment,
@@ -150,6 +151,8 @@ class Study:
         settings = self.config.vgg
         if settings.weights == "imagenet":
             return imagenet_vgg().to(device())
+        if settings.weights in SHIPPED:
+            return shipped_vgg(settings.weights).to(device())
         vgg = VGG(settings, len(self.classes))
         vgg.load_state_dict(load_file(self.run("vgg") / "model.safetensors"))
         return vgg.freeze().to(device())
@@ -225,7 +228,7 @@ def train_vgg(study: Study, folder: Path) -> dict:
         len(study.classes) > 1,
         "a perceptual network that is trained on labels needs at least two class folders of images",
         config.data.name,
-        "Without labels use one that is there already (vgg.weights = 'imagenet').",
+        "Without labels use one that is there already (vgg.weights = 'quarter-0').",
     )
     seed = config.classifier.seed
     torch.manual_seed(seed)

@@ -31,6 +31,7 @@ from ..config import Adversarial, Experiment, SecondPhase, TokenizerTraining
 from ..core import check, device, save_tensors, seed_of
 from ..data.batches import Batches, mean_over_batches
 from ..data.images import ImageSet, LazyImages, subset
+from ..models.alignment import Alignment
 from ..models.discriminator import Discriminator
 from ..models.features import VGG
 from ..models.layers import BDAttention, ResidualBlock, enable_gradient_checkpointing
@@ -86,6 +87,7 @@ class Phase:
     training: TokenizerTraining | SecondPhase
     adversarial: Adversarial
     perceptual_at: Callable[[int], PerceptualLoss]
+    alignment: Alignment | None = None
     before_step: Callable[[int], None] = lambda t: None
 
 
@@ -100,19 +102,27 @@ def make_loop(phase: Phase, config: Experiment, folder: str | Path) -> Loop:
     training, adversarial = phase.training, phase.adversarial
     trainable = [p for p in phase.tokenizer.parameters() if p.requires_grad]
     critics = phase.discriminator.parameters()
+    models = {"tokenizer": phase.tokenizer, "discriminator": phase.discriminator}
+    optimizers = {
+        "tokenizer": torch.optim.Adam(trainable, training.lr, training.betas),
+        "discriminator": torch.optim.Adam(critics, adversarial.lr, adversarial.betas),
+    }
+    schedules = {
+        "tokenizer": lambda t: cosine(t, training.steps, training.lr, training.lr_end),
+        "discriminator": lambda t: adversarial.lr,
+    }
+    if phase.alignment:
+        parameters = phase.alignment.parameters()
+        models["alignment"] = phase.alignment
+        optimizers["alignment"] = torch.optim.Adam(parameters, training.lr, training.betas)
+        schedules["alignment"] = schedules["tokenizer"]
     return Loop(
         folder,
         training.steps,
         config.seed,
-        {"tokenizer": phase.tokenizer, "discriminator": phase.discriminator},
-        {
-            "tokenizer": torch.optim.Adam(trainable, training.lr, training.betas),
-            "discriminator": torch.optim.Adam(critics, adversarial.lr, adversarial.betas),
-        },
-        {
-            "tokenizer": lambda t: cosine(t, training.steps, training.lr, training.lr_end),
-            "discriminator": lambda t: adversarial.lr,
-        },
+        models,
+        optimizers,
+        schedules,
         clip={"tokenizer": training.clip, "discriminator": adversarial.clip},
         ema={"tokenizer": config.tokenizer_training.ema},
     )
@@ -261,6 +271,10 @@ def train_tokenizer(
     if not training.start and config.quantizer.start == "data":
         init_codebook(tokenizer, config, batches)
 
+    alignment = None
+    if perceptual.align:
+        dims = tokenizer.quantizer.codebook.shape[1]
+        alignment = Alignment(dims, vgg.channels).to(device())
     vgg = vgg.folded()
     loss = PerceptualLoss(vgg, perceptual)
     warmup_loss = PerceptualLoss(vgg, replace(perceptual, alpha=0.0, layers=()))
@@ -274,6 +288,7 @@ def train_tokenizer(
         training,
         config.adversarial,
         perceptual_at,
+        alignment,
         before_step=partial(reestimate_codebook, tokenizer, config, batches),
     )
     return train_phase(phase, config, train, folder, val, until, start)

@@ -13,16 +13,20 @@ __all__ = [
     "image_gradients",
     "combine_gradients",
     "tokenizer_step",
+    "misalignment",
+    "alignment_step",
     "train_step",
     "codebook_use",
 ]
 
 # %% ../../nbs/36_tokenizer_step.ipynb #dfa03a8d
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from ..config import Adversarial, Experiment, Quantizer
 from seqgan.models.discriminator import (
@@ -146,21 +150,54 @@ def combine_gradients(
 
 # %% ../../nbs/36_tokenizer_step.ipynb #7fa60d48
 def tokenizer_step(
-    loop: Loop, reconstructions: list[Reconstruction], gradients: list[Tensor], assignment: Tensor
+    loop: Loop,
+    reconstructions: list[Reconstruction],
+    gradients: list[Tensor],
+    assignment: Tensor,
+    more: Callable[[Reconstruction], Tensor | float] = lambda part: 0.0,
 ) -> None:
     """Update the tokenizer with the gradients at its images.
 
-    `assignment` (K,) is the mean assignment of the whole batch.
+    `assignment` (K,) is the mean assignment of the whole batch, `more` a further loss.
     """
     count = len(reconstructions)
 
     def loss(part: Reconstruction, gradient: Tensor) -> Tensor:
         if count > 1:  # the first pass recorded no gradient: again, knowing the whole batch
             part = reconstruct(loop, part.images, lambda _: assignment)
-        return ((part.output * gradient).sum() + part.losses["vq"]) / count
+        return ((part.output * gradient).sum() + part.losses["vq"] + more(part)) / count
 
     pairs = zip(reconstructions, gradients, strict=True)
     loop.update("tokenizer", *(partial(loss, *pair) for pair in pairs))
+
+
+# %% ../../nbs/36_tokenizer_step.ipynb #d81b6a34
+def misalignment(
+    loop: Loop, perceptual: PerceptualLoss, alignment: Module, part: Reconstruction
+) -> Tensor:
+    "How far the features of a micro-batch are from what the perceptual network sees (GigaTok)."
+    with loop.autocast():
+        with torch.no_grad():
+            seen = perceptual.features(part.images)["relu5_3"]  # (B, C, H, W)
+        return alignment(part.losses["features"], seen)
+
+
+def alignment_step(
+    loop: Loop, reconstructions: list[Reconstruction], perceptual: PerceptualLoss
+) -> Tensor:
+    "Update the alignment's perceptron on the features as they are. Returns the loss."
+    alignment, found = loop.models["alignment"], []
+
+    def loss(part: Reconstruction) -> Tensor:
+        given = part.losses | {"features": part.losses["features"].detach()}
+        value = misalignment(loop, perceptual, alignment, replace(part, losses=given))
+        found.append(value.detach())
+        return value / len(reconstructions)
+
+    alignment.requires_grad_(True)
+    loop.update("alignment", *(partial(loss, part) for part in reconstructions))
+    alignment.requires_grad_(False)
+    return mean_of(found)
 
 
 # %% ../../nbs/36_tokenizer_step.ipynb #78d78e47
@@ -177,8 +214,8 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One step of discriminator and tokenizer on this process's images (B, 3, H, W).
 
-    Returns scalars by name: the terms of the losses, the codebook's use in this batch, and, once
-    they exist, the discriminator's loss and the scale of the adversarial gradient.
+    Returns scalars by name: the terms of the losses, the codebook's use in this batch, and, where
+    they exist, the losses of discriminator and alignment and the scale of the adversarial gradient.
     """
     count = config.memory.gradient_accumulation
     with torch.set_grad_enabled(count == 1):
@@ -195,7 +232,13 @@ def train_step(
     at_images, scale = combine_gradients(gradients, listening, adversarial.bound)
     if scale is not None:
         extra["adversarial_scale"] = scale
-    tokenizer_step(loop, parts, at_images, assignment)
+    if "alignment" in loop.models:
+        extra["align"] = alignment_step(loop, parts, perceptual)
+        aligned = partial(misalignment, loop, perceptual, loop.unwrap("alignment"))
+        weight = config.perceptual.align
+        tokenizer_step(loop, parts, at_images, assignment, lambda p: weight * aligned(p))
+    else:
+        tokenizer_step(loop, parts, at_images, assignment)
 
     terms = [g.terms | part.losses for g, part in zip(gradients, parts, strict=True)]
     names = [name for name in LOGGED if name in terms[0]]
