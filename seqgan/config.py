@@ -99,11 +99,6 @@ class VGG(Settings):
     batch_norm: bool = paper(False, "VGG-16 without batch normalisation")
     head: int = paper(7, "VGG-16: side of the grid that the classifier sees", at_least(1))
     dropout: float = paper(0.5, "VGG-16, between the linear layers", BELOW_ONE)
-    sha256: str = added_later(
-        "",
-        "of the weights that come with the package, "
-        "filled in by `seqgan.study.graph.resolve_config`",
-    )
 
     @property
     def stride(self) -> int:

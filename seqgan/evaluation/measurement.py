@@ -20,13 +20,14 @@ from typing import Self
 import torch
 from safetensors.torch import load_file
 
-from ..config import MaskedSampler, Sampler
+from ..config import Data, MaskedSampler, Sampler
 from ..core import save_tensors, to_uint8
 from ..data.batches import map_batches
 from ..data.decoding import RESIZE
 from ..data.images import ImageSet, subset
 from .diagnostics import tokenizer_diagnostics
 from .judges import Judge, Pixels, Seen
+from .kept import codes_keep
 from seqgan.evaluation.metrics import (
     distances,
     inception_score,
@@ -120,13 +121,16 @@ def measure_reconstruction(
     perceptual: PerceptualLoss,
     judge: Judge,
     real: RealImages,
+    train: ImageSet,
     val: ImageSet,
+    data: Data,
 ) -> dict:
-    """Diagnostics and metrics of a tokenizer on validation images, and under `protocol` what they
-    depend on."""
+    """Diagnostics and metrics of a tokenizer on validation images, what its codes keep of them, and
+    under `protocol` what they depend on."""
     fake = map_batches(lambda x: to_uint8(tokenizer.reconstruct(x)), val.images)
     seen = judge.see(fake)
     found = tokenizer_diagnostics(tokenizer, perceptual, val)
+    found |= codes_keep(tokenizer, train, val, data)
     found |= distances(seen, Seen(real.val, None), judge, prefix="r")
     found |= {"rSWD": sliced_wasserstein(fake, val.images), "PSNR": psnr(fake, val.images)}
     if real.probe:

@@ -27,7 +27,7 @@ from ..data.batches import check_batch
 from ..data.folders import resolve_data
 from ..data.images import count_images
 from ..models.perceptual import layer_weights
-from ..models.weights import SHIPPED, card_of
+from ..models.weights import SHIPPED
 from ..presets import preset
 from .runs import Run
 from ..training.processes import check_batch_divides
@@ -54,16 +54,14 @@ def _pick(*groups: str) -> Callable[[Experiment], dict]:
     return lambda config: {group: getattr(config, group) for group in groups}
 
 
-_phase_one = _pick(
-    "seed",
-    "data",
-    "vgg",
-    "autoencoder",
-    "quantizer",
-    "perceptual",
-    "adversarial",
-    "tokenizer_training",
-)
+_PHASE_ONE = ("autoencoder", "quantizer", "perceptual", "adversarial", "tokenizer_training")
+
+
+def _phase_one(config: Experiment) -> dict:
+    "The settings of phase one, with the hash of a perceptual network that came with the package."
+    weights = config.vgg.weights
+    network = {"vgg_sha256": SHIPPED[weights]} if weights in SHIPPED else {}
+    return _pick("seed", "data", "vgg", *_PHASE_ONE)(config) | network
 
 
 # %% ../../nbs/52_graph.ipynb #46d956ec
@@ -179,15 +177,11 @@ def _with_start_weights(config: Experiment) -> Experiment:
 
 
 def resolve_config(config: Experiment) -> Experiment:
-    """`config` with the fingerprints of its images, of a perceptual network that comes with the
-    package, and of the weights that it starts from.
+    """`config` with the fingerprint of its images and of the weights that it starts from.
 
     Raises ValueError for images or a tokenizer that are not there."""
     if not config.data.fingerprint:
         config = replace(config, data=resolve_data(config.data))
-    if config.vgg.weights in SHIPPED:
-        sha256 = card_of(config.vgg.weights)["sha256"]
-        config = replace(config, vgg=replace(config.vgg, sha256=sha256))
     return _with_start_weights(config)
 
 

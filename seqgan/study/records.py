@@ -242,6 +242,7 @@ def _line(record: dict) -> dict[str, object]:
     line = {"dataset": record["dataset"]["label"]}
     line |= {k: record[k] for k in ("preset", "seed", "alpha", "transformer", "phase")}
     line |= {k: v for k, v in tokenizer.items() if k.startswith(_RECONSTRUCTION)}
+    line |= {k: v for k, v in tokenizer.items() if k.startswith("codes: ")}
     line |= {k: v for k, v in generation.items() if k.startswith(_GENERATION)}
     line |= {k: transformer[k] for k in ("val_loss", "val_accuracy")}
     names = {"PSNR": "PSNR", "L1": "l1", "L_low": "low", "L_sem": "sem"}

@@ -316,7 +316,8 @@ def measure_reconstructions(study: Study, folder: Path) -> dict:
     loss = PerceptualLoss(study.vgg, study.config.perceptual)
 
     def measure() -> dict:
-        return measure_reconstruction(study.tokenizer, loss, study.judge, study.real, study.val)
+        images = study.train, study.val, study.config.data
+        return measure_reconstruction(study.tokenizer, loss, study.judge, study.real, *images)
 
     found = on_main(measure)
     on_main(lambda: write_card(study, study.run(kind), kind, study.metrics(kind) | found))
