@@ -523,9 +523,15 @@ def hidden_codes(batch, n, *seed):
 
 
 def cross_entropy(logits, wanted, smoothing=0.0):
-    """In nats, of targets that give `smoothing` of their probability to all classes alike."""
+    """In nats, of targets that give `smoothing` of their probability to all classes alike.
+
+    Targets are classes, or the shares of all classes.
+    """
     log_p = logits - logits.logsumexp(-1, keepdim=True)
-    right = log_p.gather(-1, wanted[..., None])[..., 0]
+    if wanted.is_floating_point():
+        right = (wanted * log_p).sum(-1)
+    else:
+        right = log_p.gather(-1, wanted[..., None])[..., 0]
     return -((1 - smoothing) * right + smoothing * log_p.mean(-1)).mean()
 
 
@@ -635,27 +641,79 @@ def detached(terms):
     return {name: float(torch.as_tensor(value).detach()) for name, value in terms.items()}
 
 
+def mixed(images, labels, classes, t):
+    """Images and the shares that classes have in them, mixed in odd steps.
+
+    MixUp (Zhang et al., 2018) and CutMix (Yun et al., 2019) take turns.
+    """
+    shares = F.one_hot(labels, classes).double()
+    if t % 2 == 0:
+        return images, shares
+    concentration = torch.tensor([0.3 if t % 4 == 1 else 1.0])
+    share = float(torch.distributions.Beta(concentration, concentration).sample())
+    others = images.roll(1, 0)
+    if t % 4 == 1:
+        images = share * images + (1 - share) * others
+    else:
+        side = images.shape[-1]
+        x, y = (int(torch.randint(side, (1,))) for _ in range(2))
+        half = int(side * math.sqrt(1 - share) / 2)
+        inside = torch.zeros(side, side, dtype=torch.bool)
+        inside[max(y - half, 0) : y + half, max(x - half, 0) : x + half] = True
+        images = torch.where(inside, others, images)
+        share = 1 - float(inside.double().mean())
+    return images, share * shares + (1 - share) * shares.roll(1, 0)
+
+
+def with_mean_moments(weights, batches, forward):
+    """Weights with batch normalisation's moments: those of `batches`, averaged."""
+    seen = []
+    for images in batches:
+        at_zero = {k: torch.zeros_like(v) for k, v in weights.items() if ".running_" in k}
+        moments = {}
+        forward(images, weights | at_zero, moments)
+        seen.append({k: 10 * moments[k] for k in at_zero})  # a tenth is what a batch adds
+    means = {k: sum(batch[k] for batch in seen) / len(seen) for k in seen[0]}
+    counts = {k: torch.tensor(len(seen)) for k in weights if "num_batches" in k}
+    return weights | means | counts
+
+
 def train_classifier(c, train, val, start):
     """A perceptual network on labels."""
     s, seed, weights, training = c.classifier, c.seed, start["net"], Training(start)
     optimiser = Nesterov(s.momentum, s.weight_decay)
+    averaged = weights
+    classes = len(weights["classifier.6.bias"])
 
     def logits_of(images, w, moments=None, dropout=None):
         return vgg(images, w, c.vgg, moments, dropout)["logit"]
 
-    for t in range(s.steps):
+    def batch(t):
         size = min(s.batch, len(train.images))
-        images, labels = image_batch(train.images, train.labels, size, seed, t, s.flip)
+        return image_batch(train.images, train.labels, size, seed, t, s.flip)
+
+    for t in range(s.steps):
+        images, labels = batch(t)
+        images, target = shifted(images, s.shift, seed, t), labels
+        if s.mix:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed_of("step", seed, t, 0))
+                images, target = mixed(images, labels, classes, t)
         w, moments = leaves(weights), {}
         dropout = Dropout(c.vgg.dropout, generator("step", seed, t, 0))
-        logits = logits_of(shifted(images, s.shift, seed, t), w, moments, dropout)
-        loss = cross_entropy(logits, labels, s.smoothing)
+        logits = logits_of(images, w, moments, dropout)
+        loss = cross_entropy(logits, target, s.smoothing)
         rate = one_cycle(t, s.steps, s.lr, s.warmup)
         made = update("net", weights | moments, slopes(loss, w), rate, optimiser)
         weights = made.weights
+        share = 1 / (1 + s.ema * t)  # the first weights are all that there is
+        averaged = {k: averaged[k] + share * (weights[k] - averaged[k]) for k in weights}
         terms = detached({"loss": loss, "accuracy": accuracy(logits, labels)})
         training.steps.append(Step(terms, [made]))
 
+    if s.ema:
+        batches = (batch(t)[0] for t in range(100))
+        weights = with_mean_moments(averaged, batches, logits_of)
     found = accuracy(logits_of(to_numbers(val.images), weights), val.labels)
     training.numbers, training.final = {"accuracy": float(found)}, {"net": weights}
     return training

@@ -385,7 +385,12 @@ CASES = {
     "classifier-vgg": (classifier, {"vgg.dropout": 0.5}),
     "classifier-vgg-without-bn": (
         classifier,  # its batch is larger than the training set
-        {"vgg.batch_norm": False, "vgg.head": 2, "classifier.batch": 30},
+        {
+            "vgg.batch_norm": False,
+            "vgg.head": 2,
+            "vgg.pools": (1, 1, 0, 0, 1),
+            "classifier.batch": 30,
+        },
     ),
     "classifier-choices": (
         classifier,
@@ -397,6 +402,11 @@ CASES = {
         },
     ),
     "classifier-smooth": (classifier, {"classifier.smoothing": 0.2, "vgg.batch_norm": True}),
+    "classifier-mixed": (classifier, {"classifier.mix": True, "vgg.dropout": 0.0}),
+    "classifier-averaged": (
+        classifier,
+        {"classifier.ema": 0.5, "vgg.batch_norm": True, "vgg.dropout": 0.0},
+    ),
     "tokenizer-sem": (tokenizer, {"adversarial.bound": 1e6}),
     "tokenizer-low": (
         partial(tokenizer, val=VAL),
