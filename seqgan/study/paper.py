@@ -279,12 +279,13 @@ def table_cells(table: str, base: Experiment) -> list[Cell]:
 
 
 def _without_images(config: Experiment) -> Experiment:
-    "An experiment whatever its seed, its images and the tokenizer that it starts from."
+    "An experiment whatever its seed, its images, and the weights that lie outside of its settings."
     data, training = config.data, config.tokenizer_training
     return replace(
         config,
         seed=0,
         data=Data(size=data.size, crop=data.crop, train=data.train, val=data.val),
+        vgg=replace(config.vgg, sha256=""),
         tokenizer_training=replace(training, start="", start_weights=""),
     )
 

@@ -53,7 +53,8 @@ def _flat(config: Experiment) -> dict[str, object]:
 def changes_of(config: Experiment) -> Changes:
     "What an experiment changes of its preset: settings by dotted name, seed and images left out."
     default = _flat(preset(config.preset) if config.preset in PRESETS else Experiment())
-    apart = ("preset", "seed", "data.name", "data.fingerprint", "tokenizer_training.start")
+    apart = ["preset", "seed", "data.name", "data.fingerprint"]
+    apart += ["vgg.sha256", "tokenizer_training.start"]
     return {
         name: value
         for name, value in _flat(config).items()

@@ -36,7 +36,7 @@ from ..data.folders import resolve_data
 from ..plot import save_figure
 from ..presets import preset
 from .figures import figure5, figure9
-from .graph import check_experiment, from_parameters, plan
+from .graph import check_experiment, from_parameters, plan, resolve_config
 from .paper import TABLES, transformer_columns
 from .records import is_recorded, record_file, record_study, records
 from .report import write_table
@@ -96,8 +96,7 @@ def table_rows(
     def experiment(changes: dict, column: str) -> Experiment:
         config = preset(preset_name, changes | columns[column] | {"seed": seed})
         which = {key: getattr(data, key) for key in ("name", "fingerprint", "classes")}
-        images = replace(config.data, **which)
-        return replace(config, data=images)
+        return resolve_config(replace(config, data=replace(config.data, **which)))
 
     return [
         StudyRow(table, name, seed, {c: experiment(changes, c) for c in TABLES[table].columns})
