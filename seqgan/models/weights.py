@@ -16,12 +16,12 @@ __all__ = [
 # %% ../../nbs/2d_weights.ipynb #ab9094b6
 import json
 import os
+from importlib.resources import files
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-import seqgan
 from ..config import VGG as VGGConfig
 from ..core import check
 from .features import VGG, weights_digest
@@ -78,7 +78,7 @@ def imagenet_vgg() -> VGG:
 # %% ../../nbs/2d_weights.ipynb #9faffda8
 SHIPPED = ("quarter-0", "quarter-1")
 QUARTER = {"width": 0.25, "batch_norm": False, "head": 1, "dropout": 0.0, "pools": (1, 1, 1, 0, 1)}
-_FOLDER = Path(seqgan.__file__).parent / "weights"
+_FOLDER = Path(str(files("seqgan"))) / "weights"
 
 
 def card_of(name: str) -> dict:
