@@ -63,6 +63,13 @@ def _imported(tree: ast.Module, module: str) -> set[str]:
 
 # %% ../../nbs/50_provenance.ipynb #15250289
 @cache
+def _meaning(source: str, module: str) -> tuple[str, frozenset[str]]:
+    "The source of a module without what does not count, and what it imports from this package."
+    tree = _without_docstrings(source)
+    return ast.dump(tree), frozenset(_imported(tree, module))
+
+
+@cache
 def source_digest(module: str = "study.study") -> str:
     "Digest of the code of `seqgan.<module>` and of all modules of this package that it imports."
     package = _root() / "seqgan"
@@ -72,9 +79,8 @@ def source_digest(module: str = "study.study") -> str:
         file = package / f"{name.replace('.', '/')}.py"
         if name == "presets" or name in meaning or not file.exists():
             continue
-        tree = _without_docstrings(file.read_text(encoding="utf-8"))
-        meaning[name] = ast.dump(tree)
-        todo |= _imported(tree, name)
+        meaning[name], imported = _meaning(file.read_text(encoding="utf-8"), name)
+        todo |= imported
     return digest(meaning)
 
 
