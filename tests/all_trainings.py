@@ -1,13 +1,7 @@
-"""Every training once, by plain descent in float32: in one process or two, see `test_processes`.
-
-    python tests/all_trainings.py MICRO_BATCHES
-
-Writes below $SEQGAN_HOME: the trainings in out/, and weights-RANK.json with the digests of all
-weights after every step.
-"""
+"""Every training once, by plain descent in float32: in one process or two, see `test_processes`."""
 
 import json
-import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -19,6 +13,7 @@ from seqgan.data.images import ImageSet, load
 from seqgan.models.features import VGG, weights_digest
 from seqgan.models.tokenizer import Tokenizer
 from seqgan.presets import preset
+from seqgan.settings import update
 from seqgan.training import codes as codes_module
 from seqgan.training.codes import extract_codes
 from seqgan.training.features import train_classifier
@@ -27,9 +22,9 @@ from seqgan.training.processes import barrier, rank_and_world_size
 from seqgan.training.tokenizer import train_decoder, train_tokenizer
 from seqgan.training.transformer import train_transformer
 
-MICRO_BATCHES = int(sys.argv[1])
-OUT = home() / "out"
 CHANGES = {
+    "data.train": 250,  # neither number divides by the batch or by the processes
+    "data.val": 63,
     "tokenizer_training.steps": 8,
     "second_phase.steps": 4,
     "transformer_training.steps": 8,
@@ -40,8 +35,7 @@ CHANGES = {
     "quantizer.kmeans_every": 3,
     "quantizer.kmeans_last": 6,
     "transformer.dropout": 0.0,
-    "memory.gradient_accumulation": MICRO_BATCHES,
-    "memory.gradient_checkpointing": MICRO_BATCHES > 1,
+    "perceptual.align": 0.5,
 }
 BOUND_HOLDS = {  # at once, a discriminator that is far too loud
     "tokenizer_training.steps": 2,
@@ -61,33 +55,28 @@ def descent(parameters, lr, *_):
     return torch.optim.SGD(parameters, 5 * lr)
 
 
-def first(images: ImageSet, n: int) -> ImageSet:
-    return ImageSet(images.images[:n], images.labels[:n], images.classes)
-
-
-def train_everything(config: Experiment, train: ImageSet, val: ImageSet) -> None:
+def train_everything(config: Experiment, train: ImageSet, val: ImageSet, out: Path) -> None:
     torch.manual_seed(0)
     vgg = VGG(config.vgg, 40)
-    print("classifier", train_classifier(vgg, config.classifier, train, val, OUT / "vgg", 0))
-    train_tokenizer(config, train, vgg, OUT / "tokenizer", val)
-    train_decoder(config, OUT / "tokenizer/model", train, vgg, OUT / "decoder", val)
-    train_tokenizer(preset("smoke", CHANGES | BOUND_HOLDS), train, vgg, OUT / "bound")
-    tokenizer = Tokenizer.from_pretrained(OUT / "tokenizer/model")
+    print("classifier", train_classifier(vgg, config.classifier, train, val, out / "vgg", 0))
+    train_tokenizer(config, train, vgg, out / "tokenizer", val)
+    train_decoder(config, out / "tokenizer/model", train, vgg, out / "decoder", val)
+    train_tokenizer(update(config, BOUND_HOLDS), train, vgg, out / "bound")
+    tokenizer = Tokenizer.from_pretrained(out / "tokenizer/model")
     codes = [
-        extract_codes(tokenizer, part.images, part.labels, OUT / name, flip=True)
+        extract_codes(tokenizer, part.images, part.labels, out / name, flip=True)
         for name, part in (("train", train), ("val", val))
     ]
-    train_transformer(config, *codes, 40, OUT / "ar")
-    masked = preset("smoke", CHANGES | {"transformer.causal": False})
-    train_transformer(masked, *codes, 40, OUT / "nar")
+    train_transformer(config, *codes, 40, out / "ar")
+    masked = update(config, {"transformer.causal": False})
+    train_transformer(masked, *codes, 40, out / "nar")
 
 
-def extract_again(config: Experiment, train: ImageSet) -> None:
+def extract_again(config: Experiment, train: ImageSet, folder: Path) -> None:
     "Codes of four chunks that the processes share, two of which are computed a second time."
     codes_module.CHUNK = 64
     torch.manual_seed(0)
     tokenizer = Tokenizer(config.autoencoder, config.quantizer, config.data.size).freeze()
-    folder = OUT / "chunks"
     extract_codes(tokenizer, train.images, train.labels, folder, flip=True)
     barrier()
     if rank_and_world_size()[0] == 0:  # as if the processes had been killed
@@ -102,15 +91,20 @@ def extract_again(config: Experiment, train: ImageSet) -> None:
     assert torch.equal(again.codes.long(), tokenizer.encode(to_float(images)))
 
 
-def main() -> None:
-    rank, _ = rank_and_world_size()
-    config = preset("smoke", CHANGES)
-    # Neither number divides by the batch or by the processes.
-    train, val = first(load(config.data, "train"), 250), first(load(config.data, "val"), 63)
-    digests, update = {}, Loop.update
+def train_all(micro_batches: int) -> None:
+    """Write below $SEQGAN_HOME: the trainings in out/, and weights-RANK.json with the digests of
+    all weights after every step."""
+    (rank, _), out = rank_and_world_size(), home() / "out"
+    parts = {
+        "memory.gradient_accumulation": micro_batches,
+        "memory.gradient_checkpointing": micro_batches > 1,
+    }
+    config = preset("smoke", CHANGES | parts)
+    train, val = load(config.data, "train"), load(config.data, "val")
+    digests, update_model = {}, Loop.update
 
     def recorded_update(self, name, *losses, **named):
-        update(self, name, *losses, **named)
+        update_model(self, name, *losses, **named)
         digests.setdefault(f"{self.folder.name}/{name}", []).append(
             weights_digest(self.unwrap(name))
         )
@@ -121,10 +115,6 @@ def main() -> None:
         patch("torch.optim.Adam", descent),
         patch("torch.optim.AdamW", descent),
     ):
-        train_everything(config, train, val)
-    extract_again(config, train)
+        train_everything(config, train, val, out)
+    extract_again(config, train, out / "chunks")
     (home() / f"weights-{rank}.json").write_text(json.dumps(digests))
-
-
-if __name__ == "__main__":
-    main()

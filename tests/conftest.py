@@ -21,14 +21,25 @@ sys.path.insert(0, sys.argv[1])
 import faults
 import forking
 import torchvision
-import seqgan.__main__
 import seqgan.evaluation.measurement
-from seqgan.data.images import load
-from seqgan.presets import preset
-for split in ("train", "val"):
-    load(preset("smoke").data, split)
+faults.prepare()
 forking.serve(socket.socket(fileno=int(sys.argv[2])))
 """
+
+
+LONGEST = """
+test_interruption test_reproduce test_faults test_commands test_jobs test_processes test_recipes
+test_plumbing test_project test_pretrained
+""".split()
+
+
+def pytest_collection_modifyitems(items):
+    "The files that take longest come first, so that no process is left with one of them."
+
+    def place(item):
+        return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -92,6 +103,32 @@ def forked(server, tmp_path):
         return Forked(server, function, arguments, env)
 
     return start
+
+
+@pytest.fixture
+def two_ranks(forked):
+    "Start `function(*arguments)` in two processes, connected as torchrun connects them."
+
+    def start(function, *arguments, **named):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        together = {
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        return [forked(function, *arguments, **named, **together, **ranks) for ranks in own]
+
+    return start
+
+
+def wait_for_both(processes):
+    "Their exit statuses and outputs."
+    return [process.wait() for process in processes]
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,16 @@ from collections import Counter
 from contextlib import suppress
 
 FAULTS = Counter()  # what was done to processes and files, for the last line of the session
-SETTINGS = ["transformer.dropout=0.1", "quantizer.kmeans_every=3", "quantizer.kmeans_last=12"]
+SETTINGS = [
+    "vgg.weights=local",  # one training more that can be disturbed
+    "transformer.dropout=0.1",
+    "quantizer.kmeans_every=3",
+    "quantizer.kmeans_last=12",
+    "data.train=128",
+    "data.val=16",
+    "evaluation.samples=20",
+    "evaluation.reference=40",
+]
 STUDY = ["--phase", "2", "--set", *SETTINGS]
 DISK_IS_FULL = "here is no room", "GB free"  # words of the sentences that say so
 CHANGES = {  # what Python calls the operations that change files
@@ -190,6 +199,7 @@ def command(arguments, faults=(), nan=None):
     from seqgan import __main__ as cli
     from seqgan.core import home
     from seqgan.presets import preset
+    from seqgan.study.graph import resolve_config
     from seqgan.study.reproduce import StudyRow
     from seqgan.training import codes
     from seqgan.training.processes import STOP
@@ -214,15 +224,38 @@ def command(arguments, faults=(), nan=None):
     record_steps(beside_home("steps"))
     if nan:
         poison(*nan)
-    codes.CHUNK = 64
+    codes.CHUNK = 32
     home().mkdir(exist_ok=True)
     before_changes(home(), act)
     words = ["--preset", "smoke", *arguments[1:]]
     if arguments[0] == "reproduce":  # of one row, the study of `train`
-        config = preset("smoke", cli.parse_settings(SETTINGS) | {"phase": 2})
+        config = resolve_config(preset("smoke", cli.parse_settings(SETTINGS) | {"phase": 2}))
         cli.whole_study = lambda *_: [StudyRow("figure8", "phase 2", 0, {"AR": config})]
         words = ["--preset", "smoke"]
     return cli.main([arguments[0], *words])
+
+
+def prepare():
+    """What each process would find out first, for the process that is forked.
+
+    The digests of the code, the revision and the paper's grid take longer than most of what is
+    tested; the functions remember them.
+    """
+    from seqgan import __main__ as cli
+    from seqgan.data.images import load
+    from seqgan.presets import preset
+    from seqgan.study.graph import STAGES
+    from seqgan.study.paper import cells_of
+    from seqgan.study.provenance import revision, source_digest
+
+    for settings in ([], SETTINGS):
+        for split in ("train", "val"):
+            load(preset("smoke", cli.parse_settings(settings)).data, split)
+    for stage in STAGES.values():
+        source_digest(stage.module)
+    source_digest()
+    cells_of(preset("smoke"))
+    revision()
 
 
 def seqgan(*words):
@@ -233,3 +266,9 @@ def seqgan(*words):
         return main(words)
     except SystemExit as error:
         return error.code
+
+
+def seqgan_in(folder, *words):
+    "`seqgan` in another working directory."
+    os.chdir(folder)
+    return seqgan(*words)

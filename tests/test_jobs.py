@@ -7,9 +7,13 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from faults import FAULTS
@@ -20,7 +24,48 @@ ROWS = [("figure8", "phase 1", "AR"), ("table6", "sem", "NAR"), ("figure8", "pha
 TWO = ["--jobs", "2"]
 
 
-def reproduce(words, steps=None):
+class ForkedJob:
+    """What of `subprocess.Popen` a job needs, with a fork in the place of a new Python.
+
+    Starting Python and its imports would take most of the time of these tests.
+    """
+
+    def __init__(self, command, bufsize, stdin, stdout, stderr, env):
+        reading, writing = os.pipe()
+        sys.stdout.flush()
+        self.returncode, self.pid = None, os.fork()
+        if not self.pid:
+            self._run(command[-1], reading, stdout.fileno(), env)
+        os.close(reading)
+        self.stdin = os.fdopen(writing, "wb", 0)
+
+    def _run(self, code, reading, output, env):
+        "In the child: the code of `python -c`, with nothing open but the three standard files."
+        status = 1
+        try:
+            for i, file in enumerate((reading, output, output)):
+                os.dup2(file, i)
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+            os.environ.update(env)
+            exec(code, {})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def terminate(self):
+        os.kill(self.pid, signal.SIGTERM)
+
+
+def reproduce(words, steps=None, forks=True):
     "`seqgan reproduce` of three experiments that share a tokenizer."
     from dataclasses import replace
 
@@ -28,6 +73,11 @@ def reproduce(words, steps=None):
     from seqgan.config import Data
     from seqgan.settings import update
     from seqgan.study.reproduce import table_rows
+    from seqgan.training import jobs
+
+    if forks:
+        pipes = {name: getattr(subprocess, name) for name in ("PIPE", "STDOUT")}
+        jobs.subprocess = SimpleNamespace(Popen=ForkedJob, **pipes)
 
     def row_of(table, name, column):
         (row,) = [row for row in table_rows(table, "smoke", Data()) if row.name == name]
@@ -142,7 +192,7 @@ def test_two_jobs(forked, home, alone):
 def test_told_to_stop(forked, home):
     "SIGTERM to the command alone: the process at work stops after its step, with status 0."
     process = forked(reproduce, TWO)
-    process.wait_until(lambda: begun(home, "vgg"))
+    process.wait_until(lambda: begun(home, "branch-point"))
     process.signal(signal.SIGTERM)
     FAULTS["SIGTERM"] += 1
     status, output = process.wait()
@@ -152,7 +202,7 @@ def test_told_to_stop(forked, home):
 
 def test_no_orphans(forked, tokenized):
     "When the command is killed, its processes end, too."
-    process = forked(reproduce, TWO, 10**6)
+    process = forked(reproduce, TWO, 10**6, False)
     process.wait_until(lambda: begun(tokenized, "ar"))
     workers = workers_of(process).values()
     process.signal(signal.SIGKILL)

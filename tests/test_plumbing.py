@@ -20,7 +20,7 @@ from seqgan.evaluation.metrics import (
     sliced_wasserstein,
 )
 from seqgan.evaluation.probes import class_accuracy, fit_classes
-from seqgan.evaluation.protocol import balanced_labels, balanced_subset
+from seqgan.evaluation.protocol import balanced_labels, balanced_subset, content_digest
 from seqgan.models.features import weights_digest
 from seqgan.models.perceptual import PerceptualLoss
 from seqgan.models.sampling import sample_many
@@ -36,6 +36,9 @@ from seqgan.training.transformer import train_transformer
 
 ALPHA = 0.75
 CHANGES = {
+    "vgg.weights": "local",
+    "data.train": 128,
+    "data.val": 32,
     "perceptual.alpha": ALPHA,
     "second_phase.alpha": 0.25,  # neither phase one's nor the default
     "phase": 2,
@@ -63,6 +66,17 @@ def close(a, b):
     return a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
+SEEN = {}  # {digest of images: what the judge sees of them}
+
+
+def see(judge, images):
+    "What the judge sees of images, found once."
+    key = content_digest(images)
+    if key not in SEEN:
+        SEEN[key] = judge.see(images)
+    return SEEN[key]
+
+
 def reconstructions(tokenizer, images):
     return map_batches(lambda x: to_uint8(tokenizer.reconstruct(x)), images)
 
@@ -82,15 +96,15 @@ def test_networks(studies):
 
 
 def fid(judge, images, reference):
-    return frechet_distance(judge.see(images).features, judge.see(reference).features)
+    return frechet_distance(see(judge, images).features, see(judge, reference).features)
 
 
 def probe_accuracy(study, images, labels):
     "A linear probe on the judge's features of the balanced training images, fitted here."
     rows = balanced_subset(study.train.labels, study.config.evaluation.reference)
-    known = study.judge.see(study.train.images[rows]).features
+    known = see(study.judge, study.train.images[rows]).features
     probe = fit_classes(known, study.train.labels[rows], len(study.classes))
-    return class_accuracy(probe, study.judge.see(images).features, labels)
+    return class_accuracy(probe, see(study.judge, images).features, labels)
 
 
 def test_reconstruction(studies):
@@ -99,7 +113,7 @@ def test_reconstruction(studies):
     judge, found = study.judge, record["metrics"]["tokenizer"]
     val, train = study.val.images, study.train.images[: len(study.val)]
     fake = reconstructions(study.tokenizer, val)
-    seen, real = judge.see(fake).features, judge.see(val).features
+    seen, real = see(judge, fake).features, see(judge, val).features
     assert close(found["rFID-lite0"], frechet_distance(seen, real))
     assert close(found["rKID-lite0"], kernel_distance(seen, real)[0])
     assert close(found["rSWD"], sliced_wasserstein(fake, val))
@@ -229,7 +243,7 @@ def test_generation(studies, kind):
     rows = balanced_subset(study.train.labels, c.evaluation.reference)
     reference = study.train.images[rows]
     assert len(reference) == c.evaluation.reference
-    seen, real = judge.see(fake), judge.see(reference)
+    seen, real = see(judge, fake), see(judge, reference)
     assert close(found["FID-lite0"], frechet_distance(seen.features, real.features))
     assert close(found["KID-lite0"], kernel_distance(seen.features, real.features)[0])
     assert close(found["SWD"], sliced_wasserstein(fake, reference))
@@ -244,7 +258,7 @@ def test_generation(studies, kind):
     assert close(found["class_accuracy"], probe_accuracy(study, fake, labels))
     nearest = [
         torch.cdist(features, real.features).min(1).values.median()
-        for features in (seen.features, judge.see(study.val.images).features)
+        for features in (seen.features, see(judge, study.val.images).features)
     ]
     assert close(found["memorisation"], (nearest[0] / nearest[1]).item())
 

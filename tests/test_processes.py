@@ -7,15 +7,17 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT, TORCHRUN
+from all_trainings import train_all
+from conftest import TORCHRUN, wait_for_both
+from faults import seqgan
 from outcomes import run_of
 
 CPU = {"CUDA_VISIBLE_DEVICES": ""}  # two processes need two GPUs, or none
 TRAINED = {
     "vgg": ["net"],
-    "tokenizer": ["tokenizer", "discriminator"],
+    "tokenizer": ["tokenizer", "discriminator", "alignment"],
     "decoder": ["tokenizer", "discriminator"],
-    "bound": ["tokenizer", "discriminator"],
+    "bound": ["tokenizer", "discriminator", "alignment"],
     "ar": ["transformer"],
     "nar": ["transformer"],
 }
@@ -37,17 +39,15 @@ def log_of(home, run):
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_two_processes_are_one(child, tmp_path, micro_batches):
-    """Both phases with their discriminators, k-means, the entropy and the adversarial bound.
-
-    The classifiers, codes, AR and NAR too, on sets that do not divide.
+def test_two_processes_are_one(forked, two_ranks, tmp_path, micro_batches):
+    """Both phases with their discriminators, k-means, the entropy, the adversarial bound and
+    alignment. The classifiers, codes, AR and NAR too, on sets that do not divide.
     """
-    program = str(ROOT / "tests" / "all_trainings.py"), str(micro_batches)
-    path = {"PYTHONPATH": str(ROOT)} | CPU
-    one = child(sys.executable, *program, home="one", **path)
-    assert one.returncode == 0, one.stdout[-3000:]
-    two = child(*TORCHRUN, *program, home="two", **path)
-    assert two.returncode == 0, two.stdout[-3000:]
+    status, output = forked(train_all, micro_batches, home="one", **CPU).wait()
+    assert status == 0, output[-3000:]
+    both = wait_for_both(two_ranks(train_all, micro_batches, home="two"))
+    assert [status for status, _ in both] == [0, 0], both
+    printed = "".join(output for _, output in both)
 
     first, second = (
         json.loads((tmp_path / "two" / f"weights-{rank}.json").read_text()) for rank in (0, 1)
@@ -69,26 +69,29 @@ def test_two_processes_are_one(child, tmp_path, micro_batches):
     for name in ("codes.npy", "labels.npy", "done.bin"):
         files = [tmp_path / home / "out/chunks" / name for home in ("one", "two")]
         assert files[0].read_bytes() == files[1].read_bytes()
-    assert two.stdout.count("classifier") == 2  # printed by the program, in both processes
-    assert two.stdout.count("MB in") == 3  # printed by the package, once
+    assert printed.count("classifier") == 2  # printed by `train_all`, in both processes
+    assert printed.count("MB in") == 3  # printed by the package, once
 
 
-def test_command(child, tmp_path):
+def test_command(child, forked, tmp_path):
     "`seqgan train` under torchrun, with samples that do not divide; one process finds all of it."
-    words = "train --preset smoke --transformer NAR --phase 2 --set evaluation.samples=61".split()
+    settings = ["data.train=128", "data.val=16", "evaluation.reference=40", "evaluation.samples=21"]
+    words = ["train", "--preset", "smoke", "--transformer", "NAR", "--phase", "2"]
+    words += ["--set", *settings]
     two = child(*TORCHRUN, "-m", "seqgan", *words, **CPU)
     assert two.returncode == 0, two.stdout[-3000:]
     (record,) = (tmp_path / "home" / "reports" / "results").rglob("*.json")
     measured = json.loads(record.read_text())["metrics"]["generation"]
     assert measured.keys() >= {"FID-lite0", "IS-lite0", "class_accuracy"}
-    again = child(sys.executable, "-m", "seqgan", *words, **CPU)
-    assert again.returncode == 0, again.stdout[-3000:]
-    assert ": started" not in again.stdout and "to do" not in again.stdout, again.stdout[-3000:]
+    status, again = forked(seqgan, *words, **CPU).wait()
+    assert status == 0, again[-3000:]
+    assert ": started" not in again and "to do" not in again, again[-3000:]
 
 
 def test_accelerate_launch(child, tmp_path):
     "On processors it starts one process; on several GPUs it is torchrun."
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m"]
-    result = child(*launch, *"seqgan train --preset smoke --until vgg".split(), **CPU)
+    words = "seqgan train --preset smoke --until vgg --set vgg.weights=local".split()
+    result = child(*launch, *words, **CPU)
     assert result.returncode == 0, result.stdout[-3000:]
     assert (run_of(tmp_path / "home", "vgg") / "metrics.json").exists()

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from seqgan.study.provenance import revision, source_digest
+
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted(
     path
@@ -176,22 +178,22 @@ def test_cells_are_short(path):
                 assert node.end_lineno - node.lineno < 60, node.name
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in NOTEBOOKS if p.name.startswith("ablation")], ids=lambda p: p.stem
-)
-def test_parameters_survive_cleaning(path, tmp_path):
+def test_parameters_survive_cleaning(tmp_path):
     """nbdev_clean deletes tags unless settings.ini allows them; papermill's -p would then be
     ignored without an error."""
     for name in ("settings.ini", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "nbs").mkdir()
-    copy = Path(shutil.copy(path, tmp_path / "nbs"))
+    paths = [path for path in NOTEBOOKS if path.name.startswith("ablation")]
+    copies = [Path(shutil.copy(path, tmp_path / "nbs")) for path in paths]
     clean = "from nbdev.clean import nbdev_clean; nbdev_clean()"
     subprocess.run([sys.executable, "-c", clean], cwd=tmp_path, check=True)
-    tagged = [c for c in code_cells(copy) if "parameters" in c["metadata"].get("tags", [])]
-    assert len(tagged) == 1
-    names = {t.id for n in ast.parse(source(tagged[0])).body for t in n.targets}
-    assert {"preset", "data", "seed"} < names
+    assert len(copies) == 5
+    for copy in copies:
+        tagged = [c for c in code_cells(copy) if "parameters" in c["metadata"].get("tags", [])]
+        assert len(tagged) == 1, copy
+        names = {t.id for n in ast.parse(source(tagged[0])).body for t in n.targets}
+        assert {"preset", "data", "seed"} < names, copy
 
 
 # What is committed
@@ -240,19 +242,21 @@ def test_digest_covers_what_functions_import(python, tmp_path):
     "A run is named by the code that computes it, also by what is imported only when it is needed."
     shutil.copytree(ROOT / "seqgan", tmp_path / "seqgan")
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    code = "from seqgan.study.provenance import source_digest as d; print(d('study.study'))"
+    code = """
+from pathlib import Path
+from seqgan.study.provenance import source_digest
 
-    def digest():
-        result = python(code, cwd=tmp_path)
-        assert result.returncode == 0, result.stdout
-        return result.stdout.split()[-1]
-
-    before, metrics = digest(), tmp_path / "seqgan" / "evaluation" / "metrics.py"
-    text = metrics.read_text()
-    metrics.write_text(text + "\n# a comment\n")
-    assert digest() == before
-    metrics.write_text(text + "\nADDED = 1\n")
-    assert digest() != before
+metrics = Path("seqgan/evaluation/metrics.py")
+text = metrics.read_text()
+for more in ("", "\\n# a comment\\n", "\\nADDED = 1\\n"):
+    metrics.write_text(text + more)
+    source_digest.cache_clear()
+    print(source_digest("study.study"))
+"""
+    result = python(code, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout
+    before, commented, changed = result.stdout.split()
+    assert before == commented != changed
 
 
 ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
@@ -260,10 +264,10 @@ ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 
 def test_another_locale(python, tmp_path):
     "Where files are ASCII unless one says otherwise: the same digest, and tables can be written."
-    code = "from seqgan.study.provenance import source_digest as d; print(d('study.study'))"
-    assert python(code).stdout == python(code, **ASCII).stdout
     code = """
+import locale
 from seqgan.core import home, write_json
+from seqgan.study.provenance import source_digest
 from seqgan.study.report import write_table
 from seqgan.study.tables import example_record
 for seed in (0, 1):
@@ -271,9 +275,11 @@ for seed in (0, 1):
     record["dataset"]["label"] = "V\\u00f6gel, 40 classes"
     write_json(home() / "reports" / "results" / f"{seed}.json", record)
 write_table("table6")
+print(locale.getpreferredencoding(), source_digest())
 """
     result = python(code, **ASCII)
     assert result.returncode == 0, result.stdout
+    assert result.stdout.split()[-2:] == ["ANSI_X3.4-1968", source_digest()]
     text = (tmp_path / "home" / "reports" / "table6.md").read_text(encoding="utf-8")
     assert "Vögel" in text and "9.5 ± 0.71" in text
 
@@ -289,4 +295,4 @@ def test_revision_inside_another_repository(python, tmp_path, folder):
     code = "from seqgan.study.provenance import revision; import seqgan; print(revision())"
     result = python(code, cwd=theirs, PYTHONPATH=str(theirs / folder))
     assert result.stdout.startswith("version "), result.stdout
-    assert re.match(r"[0-9a-f]{12}\+?$|version ", python(code).stdout)
+    assert re.match(r"[0-9a-f]{12}\+?$|version ", revision())
