@@ -612,7 +612,7 @@ MUTANTS = [
         "features are aligned with the images, not with their reconstructions",
         "training.tokenizer_step",
         "perceptual.features(part.images)",
-        "perceptual.features(part.fake)",
+        "perceptual.features(part.fake.clamp(-1, 1))",
         ("notebook",),
     ),
     Mutant(

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -480,30 +481,33 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
 
-LOAD = """
-import sys, time
-import seqgan
-from seqgan.models.features import weights_digest
-time.sleep = lambda seconds: None  # no pause before the network is tried again
-for line in sys.argv[1:]:
-    model, source, revision = line.split(",")
-    try:
-        found = getattr(seqgan, model).from_pretrained(source, revision=revision or None)
-        print("loaded", weights_digest(found))
-    except (ValueError, FileNotFoundError) as error:
-        print(type(error).__name__, error)
-"""
+def load_models(lines, folder, environment):
+    "For each 'class,source,revision' print a line with a digest or an error."
+    import seqgan
+
+    assert "huggingface_hub" not in sys.modules  # it reads the environment when it is imported
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    time.sleep = lambda seconds: None  # no pause before the network is tried again
+    for line in lines:
+        model, source, revision = line.split(",")
+        try:
+            found = getattr(seqgan, model).from_pretrained(source, revision=revision or None)
+            print("loaded", weights_digest(found))
+        except (ValueError, FileNotFoundError) as error:
+            print(type(error).__name__, error)
 
 
 @pytest.fixture
-def load(child, tmp_path):
+def load(forked, tmp_path):
     "Load models in a process: for each 'class,source,revision' a line with a digest or an error."
 
     def load(*lines):
-        result = child(sys.executable, "-c", LOAD, *lines, cwd=tmp_path)
-        assert result.returncode == 0, result.stdout[-3000:]
+        status, output = forked(load_models, lines, str(tmp_path), dict(os.environ)).wait()
+        assert status == 0, output[-3000:]
         starts = ("loaded", "ValueError", "FileNotFoundError")
-        return [line for line in result.stdout.splitlines() if line.startswith(starts)]
+        return [line for line in output.splitlines() if line.startswith(starts)]
 
     return load
 
