@@ -77,8 +77,8 @@ def imagenet_vgg() -> VGG:
 
 # %% ../../nbs/2d_weights.ipynb #9faffda8
 SHIPPED = {  # name -> SHA-256 of its weights in float32, `weights_digest`
-    "quarter-0": "fa80a73335f984c3c86c64f85eaacf08696dd29c5be44e0b3d314cd2fcdb65da",
-    "quarter-1": "c3c385ee1e56f0213839ec220a017c557b6b572b84bff5e9deeea262918232a3",
+    "quarter-0": "863d89081196b85e7bed3d2496fedfb4cf361597c321ac677e471aee76f12817",
+    "quarter-1": "d6f4798c680d299e3c09a6a3f25b27b8d6539a22b8155a0a897e2f61d92663b0",
 }
 QUARTER = {"width": 0.25, "batch_norm": False, "head": 1, "dropout": 0.0, "pools": (1, 1, 1, 0, 1)}
 _FOLDER = Path(str(files("seqgan"))) / "weights"
