@@ -643,7 +643,7 @@ MUTANTS = [
         "weights-of-another",
         "the weights that come with the package are those of their card",
         "models.weights",
-        'check(found == SHIPPED[name], must',
+        "check(found == SHIPPED[name], must",
         "check(True, must",
         ("notebook",),
     ),

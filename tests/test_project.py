@@ -188,7 +188,7 @@ def test_parameters_survive_cleaning(tmp_path):
     copies = [Path(shutil.copy(path, tmp_path / "nbs")) for path in paths]
     clean = "from nbdev.clean import nbdev_clean; nbdev_clean()"
     subprocess.run([sys.executable, "-c", clean], cwd=tmp_path, check=True)
-    assert len(copies) == 5
+    assert len(copies) == 6
     for copy in copies:
         tagged = [c for c in code_cells(copy) if "parameters" in c["metadata"].get("tags", [])]
         assert len(tagged) == 1, copy

@@ -12,8 +12,8 @@ __all__ = [
     "codebook_rows",
     "layer_rows",
     "phase_rows",
-    "control_rows",
     "alpha_rows",
+    "control_rows",
     "slug",
     "Table",
     "Cell",
@@ -120,6 +120,13 @@ def phase_rows(base: Experiment) -> dict[str, Changes]:
     }
 
 
+def alpha_rows(base: Experiment) -> dict[str, Changes]:
+    "The values of alpha in Figure 6(b), and that of `base`."
+    alphas = sorted({0.0, 0.2, 0.4, 0.6, 0.8, 1.0, base.perceptual.alpha})
+    return {f"alpha {alpha:g}": {"perceptual.alpha": alpha} for alpha in alphas}
+
+
+# %% ../../nbs/55_paper.ipynb #7d30c5e1
 def control_rows(base: Experiment) -> dict[str, Changes]:
     """What the paper does not have, and its claims need: another perceptual network, the other way
     to semantic codes (`seqgan.models.alignment`), and fewer codes at alpha = 0.
@@ -134,12 +141,6 @@ def control_rows(base: Experiment) -> dict[str, Changes]:
         "a quarter of the codes, alpha 0": low | {"quantizer.codes": base.quantizer.codes // 4},
         "a 16th of the codes, alpha 0": low | {"quantizer.codes": base.quantizer.codes // 16},
     }
-
-
-def alpha_rows(base: Experiment) -> dict[str, Changes]:
-    "The values of alpha in Figure 6(b), and that of `base`."
-    alphas = sorted({0.0, 0.2, 0.4, 0.6, 0.8, 1.0, base.perceptual.alpha})
-    return {f"alpha {alpha:g}": {"perceptual.alpha": alpha} for alpha in alphas}
 
 
 # %% ../../nbs/55_paper.ipynb #0b331bb2
