@@ -27,7 +27,7 @@ def test_dry_run(forked, tmp_path):
     "Every row with its papermill command; nothing is computed or written."
     status, output = forked(seqgan, *WORDS, "--dry-run").wait()
     assert status == 0, output
-    assert len(rows(output)) == 6 + 3 + 4 + 7 + 6 and "To do:" in output
+    assert len(rows(output)) == 6 + 3 + 4 + 7 + 6 + 5 and "To do:" in output
     assert not (tmp_path / "home").exists()
 
 
