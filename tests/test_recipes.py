@@ -405,7 +405,12 @@ CASES = {
     "classifier-mixed": (classifier, {"classifier.mix": True, "vgg.dropout": 0.0}),
     "classifier-averaged": (
         classifier,
-        {"classifier.ema": 0.5, "vgg.batch_norm": True, "vgg.dropout": 0.0},
+        {
+            "classifier.batch": 2,  # a hundred batches are averaged in the end
+            "classifier.ema": 0.5,
+            "vgg.batch_norm": True,
+            "vgg.dropout": 0.0,
+        },
     ),
     "tokenizer-sem": (tokenizer, {"adversarial.bound": 1e6}),
     "tokenizer-low": (
