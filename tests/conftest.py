@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from faults import FAULTS, STUDY, command
 from forking import Forked
 from outcomes import KINDS
 
+torch.set_num_threads(1)  # several workers share the cores
 ROOT = Path(__file__).parents[1]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SERVER = """
