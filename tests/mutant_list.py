@@ -661,7 +661,7 @@ MUTANTS = [
         "training.features",
         '        update_bn((F.interpolate(x, (size, size), mode="area") for x in real), network)\n',
         "",
-        ("tests/test_recipes.py::test_saved_weights[classifier-averaged]",),
+        ("tests/test_recipes.py::test_saved_weights[classifier-strong-and-averaged]",),
     ),
     Mutant(
         "mixed-labels-are-not",
@@ -670,6 +670,22 @@ MUTANTS = [
         "        images, target = mix_images(images, labels, classes, t)",
         "        images, _ = mix_images(images, labels, classes, t)",
         ("tests/test_recipes.py::test_terms[classifier-mixed]",),
+    ),
+    Mutant(
+        "twice-the-noise",
+        "strongly changed images have noise of up to a tenth",
+        "training.features",
+        "    level = 0.1 * torch.rand",
+        "    level = 0.2 * torch.rand",
+        ("tests/test_recipes.py::test_terms[classifier-strong-and-averaged]",),
+    ),
+    Mutant(
+        "adversarial-helps",
+        "an adversarial change makes the loss larger",
+        "training.features",
+        "change.detach() + 1.25 * most",
+        "change.detach() - 1.25 * most",
+        ("tests/test_recipes.py::test_terms[classifier-adversarial]",),
     ),
     Mutant(
         "probe-of-other-labels",

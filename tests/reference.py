@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torchvision.transforms import v2
 
 LOW = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")
 SEM = ("relu5_3", "logit")
@@ -665,6 +666,35 @@ def mixed(images, labels, classes, t):
     return images, share * shares + (1 - share) * shares.roll(1, 0)
 
 
+def strongly_changed(images, size):
+    """Random squares of images, turned, recoloured, blurred, cut out; then up to a tenth of noise.
+
+    Four images at a time are changed alike. The changes are torchvision's.
+    """
+    change = v2.Compose(
+        [
+            v2.RandomResizedCrop(size, scale=(0.35, 1)),
+            v2.RandomHorizontalFlip(0.5),
+            v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.4, hue=0.05),
+            v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.0))], p=0.2),
+            v2.RandomErasing(p=0.2, scale=(0.02, 0.2)),
+        ]
+    )
+    fours = [images[i : i + 4] for i in range(0, len(images), 4)]
+    images = 2 * torch.cat([change((four + 1) / 2) for four in fours]) - 1
+    levels = torch.rand(len(images), 1, 1, 1) / 10
+    return (images + levels * torch.randn(images.shape)).clamp(-1, 1)
+
+
+def adversarially_changed(images, most, loss_of):
+    """Images with one step towards a larger loss, from a random start (Wong et al., 2020)."""
+    start = most * (2 * torch.rand(images.shape) - 1)
+    changed = start.requires_grad_()
+    slope = torch.autograd.grad(loss_of((images + changed).clamp(-1, 1)), changed)[0]
+    changed = (start.detach() + 5 / 4 * most * slope.sign()).clamp(-most, most)
+    return (images + changed).clamp(-1, 1)
+
+
 def with_mean_moments(weights, batches, forward):
     """Weights with batch normalisation's moments: those of `batches`, averaged."""
     seen = []
@@ -694,14 +724,25 @@ def train_classifier(c, train, val, start):
 
     for t in range(s.steps):
         images, labels = batch(t)
-        images, target = shifted(images, s.shift, seed, t), labels
-        if s.mix:
-            with torch.random.fork_rng():
-                torch.manual_seed(seed_of("step", seed, t, 0))
-                images, target = mixed(images, labels, classes, t)
         w, moments = leaves(weights), {}
         dropout = Dropout(c.vgg.dropout, generator("step", seed, t, 0))
-        logits = logits_of(images, w, moments, dropout)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_of("step", seed, t, 0))
+            if s.augment == "strong":
+                images, target = strongly_changed(images, s.size or images.shape[-1]), labels
+            else:
+                images, target = shifted(images, s.shift, seed, t), labels
+            if s.mix:
+                images, target = mixed(images, labels, classes, t)
+            if s.adversarial:
+                half = len(images) // 2
+
+                def hurt(x, w=w, half=half, target=target, seen=moments):
+                    return cross_entropy(logits_of(x, w, seen), target[:half])
+
+                changed = adversarially_changed(images[:half], s.adversarial, hurt)
+                images = torch.cat([changed, images[half:]])
+        logits = logits_of(images, w | moments, moments, dropout)
         loss = cross_entropy(logits, target, s.smoothing)
         rate = one_cycle(t, s.steps, s.lr, s.warmup)
         made = update("net", weights | moments, slopes(loss, w), rate, optimiser)
@@ -712,7 +753,8 @@ def train_classifier(c, train, val, start):
         training.steps.append(Step(terms, [made]))
 
     if s.ema:
-        batches = (batch(t)[0] for t in range(100))
+        size = s.size or train.images.shape[-1]
+        batches = (F.adaptive_avg_pool2d(batch(t)[0], size) for t in range(100))
         weights = with_mean_moments(averaged, batches, logits_of)
     found = accuracy(logits_of(to_numbers(val.images), weights), val.labels)
     training.numbers, training.final = {"accuracy": float(found)}, {"net": weights}

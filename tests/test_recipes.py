@@ -403,9 +403,15 @@ CASES = {
     ),
     "classifier-smooth": (classifier, {"classifier.smoothing": 0.2, "vgg.batch_norm": True}),
     "classifier-mixed": (classifier, {"classifier.mix": True, "vgg.dropout": 0.0}),
-    "classifier-averaged": (
+    "classifier-adversarial": (
+        classifier,
+        {"classifier.adversarial": 0.05, "classifier.mix": True, "vgg.dropout": 0.0},
+    ),
+    "classifier-strong-and-averaged": (
         classifier,
         {
+            "classifier.augment": "strong",
+            "classifier.size": 32,
             "classifier.batch": 2,  # a hundred batches are averaged in the end
             "classifier.ema": 0.5,
             "vgg.batch_norm": True,
