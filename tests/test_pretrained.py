@@ -118,6 +118,34 @@ def test_files_of_a_model(tmp_path):
     assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o666 & ~umask}
 
 
+def types(folder):
+    "The types of the weights in a folder."
+    return {value.dtype for value in load_file(folder / "model.safetensors").values()}
+
+
+@pytest.mark.parametrize(
+    "new", [*map(lambda c: lambda: new_tokenizer(c), VARIANTS), new_transformer]
+)
+def test_stored_as_float16(tmp_path, new):
+    "Rounded once: what is loaded, in float32, is stored and loaded again without a change."
+    model = new()
+    expected = {name: value.half().float() for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "a", "# Card", dtype=torch.float16)
+    loaded = type(model).from_pretrained(tmp_path / "a")
+    assert types(tmp_path / "a") == {torch.float16}
+    assert loaded.state_dict().keys() == expected.keys()
+    for name, value in loaded.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, expected[name]), name
+    assert not equal(loaded, model)
+    loaded.save_pretrained(tmp_path / "b", "# Card", dtype=torch.float16)
+    for name in ("config.json", "model.safetensors", "README.md"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    loaded.save_pretrained(tmp_path / "b")
+    assert types(tmp_path / "b") == {torch.float32}
+    assert equal(type(model).from_pretrained(tmp_path / "b"), loaded)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("conditional", [True, False])
 def test_transformer_round_trip(tmp_path, causal, conditional):
@@ -194,6 +222,48 @@ def test_only_a_repository_is_asked_for(no_hub, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, tmp_path / "user" / "name")
     assert isinstance(Tokenizer.from_pretrained("user/name"), Tokenizer)  # a folder is a folder
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    "A folder of two models that come with the package."
+    for name in ("shapes-alpha-0/tokenizer", "shapes-alpha-1/tokenizer"):
+        new_tokenizer().save_pretrained(tmp_path / "shipped" / name, dtype=torch.float16)
+    monkeypatch.setattr("seqgan.models.pretrained.shipped_folder", lambda: tmp_path / "shipped")
+    return tmp_path / "shipped"
+
+
+def test_models_of_the_package(no_hub, shipped, tmp_path, monkeypatch):
+    "By their names, unless there is a folder of that name; a path is no name."
+    monkeypatch.chdir(tmp_path)
+    name = "shapes-alpha-0/tokenizer"
+    assert equal(Tokenizer.from_pretrained(name), Tokenizer.from_pretrained(shipped / name))
+    refused("must be 'seqgan.Transformer' for", name, Transformer)
+    refused("Only repositories of the Hub have revisions", name, revision="main")
+    expected = f"The package comes with {name}, shapes-alpha-1/tokenizer.$"
+    for source in (Path(name), f"./{name}", "shapes-alpha-0", f"{name}/../tokenizer", f"{name}/"):
+        refused(expected, source, error=FileNotFoundError)
+    new_tokenizer({"quantizer.normalize": False}).save_pretrained(tmp_path / name)
+    assert not Tokenizer.from_pretrained(name).config["quantizer"].normalize  # a folder is a folder
+    (tmp_path / name / "config.json").unlink()
+    refused("config.json is missing", name, error=FileNotFoundError)  # and nothing else
+
+
+def test_another_name_is_the_hubs(shipped, tmp_path, monkeypatch):
+    "What is no folder and no model of the package; its error says which models that has."
+    asked = []
+
+    def download(repository, name, revision):
+        asked.append((repository, name, revision))
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    name = "shapes-alpha-0.5/tokenizer"
+    expected = f"{name} is not a folder here.* no network.* with shapes-alpha-0/tokenizer, shapes-a"
+    refused(expected, name, error=FileNotFoundError, revision="v1")
+    assert asked == [(name, "config.json", "v1")]
+    shutil.rmtree(shipped)
+    refused("The package comes with no models.$", "shapes-alpha-0", error=FileNotFoundError)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -341,6 +411,25 @@ def test_other_weights_refused(folder):
     refused("codebook is missing, not F32", folder)
 
 
+def test_other_float16_refused(folder):
+    "Weights are of one type; in float16 just those of the model, too."
+    path = folder / "model.safetensors"
+    half = {name: value.half() for name, value in load_file(path).items()}
+    name = "quantizer.codebook"
+    for change, sentence in (
+        ({name: half[name].float()}, r"codebook is F32 \(32, 16\), not F16 \(32, 16\)"),
+        ({name: half[name][:-1].clone()}, r"codebook is F16 \(31, 16\), not F16 \(32, 16\)"),
+        ({name: half[name].bfloat16()}, r"codebook is BF16 \(32, 16\), not F16"),
+        ({"other": torch.zeros(2).half()}, r"other is F16 \(2,\), not known"),
+        ({"other": torch.zeros(2, dtype=torch.int64)}, r"other is I64 \(2,\), not known"),
+    ):
+        save_file(half | change, path)
+        refused(f"model.safetensors can't be used.*{sentence}.*config.json", folder)
+    del half[name]
+    save_file(half, path)
+    refused(r"codebook is missing, not F16 \(32, 16\)", folder)
+
+
 def test_codes_are_computed_where_the_tokenizer_is(folder, tmp_path, monkeypatch):
     "As it is loaded, that is the CPU, whatever else the machine has."
     images = tmp_path / "images"
@@ -387,6 +476,13 @@ def test_saving_refused(folder, tmp_path):
         new_tokenizer().half().save_pretrained(folder)
     with pytest.raises(UnicodeEncodeError):
         new_tokenizer().save_pretrained(folder, "\ud800")
+    with pytest.raises(ValueError, match="torch.float32, torch.float16, got torch.bfloat16"):
+        new_tokenizer().save_pretrained(folder, dtype=torch.bfloat16)
+    tokenizer = new_tokenizer()
+    tokenizer.quantizer.codebook.data[3, 5] = -65520  # the first that is rounded to infinity
+    expected = r"codebook must lie in \[-65504, 65504\] .*float16, got \[-65520.0\]. Store it as"
+    with pytest.raises(ValueError, match=expected):
+        tokenizer.save_pretrained(folder, dtype=torch.float16)
     Tokenizer.from_pretrained(folder)
     assert len(list(folder.iterdir())) == 2
     (tmp_path / "file").write_text("")

@@ -8,6 +8,10 @@ __all__ = [
     "WEIGHTS",
     "CARD",
     "REPOSITORY",
+    "STORED",
+    "shipped_folder",
+    "shipped_models",
+    "list_shipped",
     "find_model",
     "download_model",
     "first_line",
@@ -15,7 +19,9 @@ __all__ = [
     "read_config",
     "exact_settings",
     "LimitCalls",
+    "as_stored",
     "describe_file",
+    "stored_type",
     "describe_module",
     "compare_state",
     "Pretrained",
@@ -26,13 +32,14 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Self
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..core import atomic_path, check
@@ -44,22 +51,45 @@ CARD = "README.md"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
+def shipped_folder() -> Path:
+    "Where the models that come with the package are: in it, or in the checkout around it."
+    package = Path(str(files("seqgan")))
+    installed = package / "pretrained"
+    return installed if installed.is_dir() else package.parent / "data" / "pretrained"
+
+
+def shipped_models() -> list[str]:
+    "The names of these models, such as 'shapes-alpha-0.4/tokenizer'."
+    folder = shipped_folder()
+    found = folder.glob(f"*/*/{CONFIG}")
+    return sorted(path.parent.relative_to(folder).as_posix() for path in found)
+
+
+def list_shipped() -> str:
+    "A sentence that names them, for errors."
+    return f"The package comes with {', '.join(shipped_models()) or 'no models'}."
+
+
+# %% ../../nbs/26_pretrained.ipynb #caa658eb
 def find_model(source: str | Path, revision: str | None = None) -> tuple[Path, Path]:
     """Paths of config.json and model.safetensors in `source`.
 
-    That is a folder, or a repository 'user/name' of the Hugging Face Hub at `revision` (a branch,
-    tag or commit). Raises FileNotFoundError if there is no model, ValueError for a revision of a
-    folder.
+    That is a folder, else the name of a model that comes with the package, else a repository
+    'user/name' of the Hugging Face Hub at `revision` (a branch, tag or commit). Raises
+    FileNotFoundError if there is no model, ValueError for a revision of a folder.
     """
     folder = Path(source)
+    if not folder.is_dir() and source in shipped_models():
+        folder = shipped_folder() / source
     if not folder.is_dir():
         if isinstance(source, str) and REPOSITORY.fullmatch(source):
             return download_model(source, revision)
         raise FileNotFoundError(
-            f"{source} is not a folder. Give a folder that save_pretrained wrote, "
-            "or 'user/name' for a repository of the Hugging Face Hub."
+            f"{source} is not a folder. Give a folder that save_pretrained wrote, the name of a "
+            "model that comes with the package, or 'user/name' for a repository of the Hugging "
+            f"Face Hub. {list_shipped()}"
         )
-    must = f"revision must be None for the folder {source}"
+    must = f"revision must be None for the folder {folder}"
     check(revision is None, must, revision, "Only repositories of the Hub have revisions.")
     for path in (folder / CONFIG, folder / WEIGHTS):
         if not path.is_file():
@@ -88,7 +118,7 @@ def download_model(repository: str, revision: str | None = None) -> tuple[Path, 
         raise FileNotFoundError(
             f"{repository} is not a folder here, and the Hugging Face Hub gave no model of this "
             f"name: {first_line(error)} Check the name, the revision and the network, "
-            "or give the folder of a copy."
+            f"or give the folder of a copy. {list_shipped()}"
         ) from error
 
 
@@ -158,15 +188,40 @@ class LimitCalls(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+STORED = (torch.float32, torch.float16)  # what weights may be in a file, all of them the same
+
+
+def as_stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor `name` of a state as it is stored: on the CPU, rounded to `dtype`.
+
+    Raises ValueError unless it is float32, and for numbers that are infinite in `dtype` only."""
+    must = f"{name} must be float32 to be saved"
+    remedy = "A model in another type is made from a loaded one, by .to(...)."
+    check(value.dtype == torch.float32, must, value.dtype, remedy)
+    value = value.detach().cpu().contiguous()
+    stored = value.to(dtype)
+    largest = torch.finfo(dtype).max
+    must = f"{name} must lie in [{-largest:g}, {largest:g}] to be stored as {dtype}"
+    too_large = value[stored.isinf() & value.isfinite()]
+    check(not len(too_large), must, too_large[:1].tolist(), "Store it as torch.float32.")
+    return stored
+
+
 def describe_file(file: safe_open) -> dict[str, str]:
     "Type and shape of each tensor by name, such as 'F32 (3, 4)', from the header of the file."
     slices = {name: file.get_slice(name) for name in file.keys()}
     return {name: f"{s.get_dtype()} {tuple(s.get_shape())}" for name, s in slices.items()}
 
 
-def describe_module(module: nn.Module) -> dict[str, str]:
-    "What `describe_file` says of a file that holds a float32 module's state."
-    return {name: f"F32 {tuple(value.shape)}" for name, value in module.state_dict().items()}
+def stored_type(found: dict[str, str]) -> str:
+    "'F32' or 'F16': what most tensors of a file have, and so all of them must."
+    types = [text.split()[0] for text in found.values()]
+    return max(("F32", "F16"), key=types.count)
+
+
+def describe_module(module: nn.Module, stored: str = "F32") -> dict[str, str]:
+    "What `describe_file` says of a file that holds a module's state, all of it as `stored`."
+    return {name: f"{stored} {tuple(value.shape)}" for name, value in module.state_dict().items()}
 
 
 def compare_state(found: dict[str, str], expected: dict[str, str]) -> None:
@@ -196,20 +251,20 @@ class Pretrained:
         (`seqgan.models.features.Network` has its own, for good.)"""
         return self.requires_grad_(False).eval()
 
-    def save_pretrained(self, folder: str | Path, card: str = "") -> None:
+    def save_pretrained(
+        self, folder: str | Path, card: str = "", dtype: torch.dtype = torch.float32
+    ) -> None:
         """Write model.safetensors, README.md (the text `card`, unless it is empty) and config.json
         into a folder, which is made if need be.
 
-        At any moment the folder holds the old model, the new one, or no config.json. Raises
-        ValueError for weights that are not float32; errors of the disk pass, and leave no part of a
-        file. (A process that is killed may leave hidden files, which nothing reads.)
+        `dtype` is that of the stored weights: torch.float32, or torch.float16 to which they are
+        rounded. At any moment the folder holds the old model, the new one, or no config.json.
+        Raises ValueError for another `dtype`, for weights that are not float32, and for those that
+        float16 does not reach; errors of the disk pass, and leave no part of a file. (A process
+        that is killed may leave hidden files, which nothing reads.)
         """
-        weights = {}
-        for name, value in self.state_dict().items():
-            must = f"{name} must be float32 to be saved"
-            remedy = "A model in another type is made from a loaded one, by .to(...)."
-            check(value.dtype == torch.float32, must, value.dtype, remedy)
-            weights[name] = value.detach().cpu().contiguous()
+        check(dtype in STORED, f"dtype must be one of {', '.join(map(str, STORED))}", dtype)
+        weights = {n: as_stored(n, value, dtype) for n, value in self.state_dict().items()}
         config = {"model": f"seqgan.{type(self).__name__}"} | self._config()
         text = json.dumps(config, indent=1, allow_nan=False) + "\n"
         files = {CONFIG: text.encode(), WEIGHTS: save(weights, {"format": "pt"})}
@@ -225,11 +280,12 @@ class Pretrained:
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> Self:
-        """The model that `save_pretrained` wrote, on the CPU, frozen.
+        """The model that `save_pretrained` wrote, in float32, on the CPU, frozen.
 
-        `source` is a folder, or a repository 'user/name' of the Hugging Face Hub at `revision`.
-        Raises FileNotFoundError if there is no such model, and ValueError for a configuration or
-        weights that are not just those of a `cls`.
+        `source` is a folder, the name of a model that comes with the package, or a repository
+        'user/name' of the Hugging Face Hub at `revision`; `find_model` tells them apart. Raises
+        FileNotFoundError if there is no such model, and ValueError for a configuration or weights
+        that are not just those of a `cls`.
         """
         config, weights = find_model(source, revision)
         values = read_config(config)
@@ -250,8 +306,9 @@ class Pretrained:
                 model = cls._from_config(values)
             remedy = f"It must hold the weights of {config}, as save_pretrained wrote them."
             with named_errors(weights, remedy):
-                compare_state(found, describe_module(model))
-            state = {name: file.get_tensor(name).clone() for name in found}  # the file may change
+                compare_state(found, describe_module(model, stored_type(found)))
+            # copies, since the file may change
+            state = {n: file.get_tensor(n).to(torch.float32, copy=True) for n in found}
         model.load_state_dict(state, assign=True)
         unfilled = any(value.is_meta for value in (*model.parameters(), *model.buffers()))
         assert not unfilled, "a buffer that is not in the state_dict was never filled"
