@@ -10,6 +10,7 @@ __all__ = [
     "computes",
     "train_vgg",
     "look_at_real",
+    "card_of",
     "write_card",
     "train_until_branch_point",
     "train_phase_one",
@@ -25,7 +26,7 @@ __all__ = [
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -254,22 +255,26 @@ def look_at_real(study: Study, folder: Path) -> dict:
 _MODELS = {"ar": "autoregressive transformer", "nar": "masked transformer"}
 
 
-def write_card(study: Study, folder: Path, kind: str, metrics: dict) -> None:
-    "Write model/README.md in the folder of a run: data, settings, metrics and their protocol."
-    config = study.config
-    if kind in _MODELS:
-        groups = ("transformer", "transformer_training")
-    else:
-        groups = ("autoencoder", "quantizer", "perceptual")
-    card = model_card(
+def card_of(study: Study, kind: str, metrics: dict, made: dict, source: str = "user/name") -> str:
+    """The card of the model of a run, which will be at `source`: data, all settings that decided
+    it, metrics and, as "protocol", what they depend on; the seed and how else it was `made`."""
+    recipe = {k: v for k, v in study.plan[kind].settings.items() if k not in ("data", "seed")}
+    return model_card(
         _MODELS.get(kind, "tokenizer"),
+        source,
         data={k: v for k, v in study.dataset.items() if k != "label"},
-        preset=config.preset,
-        settings={group: asdict(getattr(config, group)) for group in groups},
+        preset=study.config.preset,
+        settings={k: asdict(v) if is_dataclass(v) else v for k, v in recipe.items()},
         metrics={k: v for k, v in metrics.items() if k != "protocol"},
         protocol=metrics.get("protocol"),
-        made=hardware() | versions() | {"revision": revision(), "seed": config.seed},
+        made=made | {"seed": study.config.seed},
     )
+
+
+def write_card(study: Study, folder: Path, kind: str, metrics: dict) -> None:
+    "Write model/README.md in the folder of a run that is made here and now."
+    made = hardware() | versions() | {"revision": revision()}
+    card = card_of(study, kind, metrics, made)
     file = folder / "model" / "README.md"
     for unfinished in file.parent.glob(f".{file.name}.*"):  # of a process that was killed here
         unfinished.unlink(missing_ok=True)

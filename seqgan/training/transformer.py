@@ -35,6 +35,7 @@ from .codes import Codes
 from .loop import Loop, load_best
 from .processes import all_reduce, check_batch_divides, on_main, rank_and_world_size
 from .schedules import exponential, linear, linear_warmup
+from .state import TrainState
 
 
 # %% ../../nbs/39_transformer.ipynb #40d12247
@@ -45,7 +46,7 @@ def predicted_codes(causal: bool, batch: int, positions: int, *seed: int | str) 
     return random_mask(torch.rand(batch, 1 + positions, generator=generator("masks", *seed)))
 
 
-def code_loss(loop: Loop, codes: Tensor, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def code_loss(loop: TrainState, codes: Tensor, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
     "Mean loss (nats per code) and accuracy of codes (B, N) with labels (B,) where mask (B, N) is."
     model, transformer = loop.models["transformer"], loop.unwrap("transformer")
     codes, labels, mask = codes.long().to(device()), labels.to(device()), mask.to(device())
@@ -84,7 +85,7 @@ def transformer_step(
 
 
 @torch.no_grad()
-def validation_loss(loop: Loop, data: Codes) -> dict[str, float]:
+def validation_loss(loop: TrainState, data: Codes) -> dict[str, float]:
     "Means of loss and accuracy over all sequences, in batches of 64 that processes share."
     rank, world_size = rank_and_world_size()
     model = loop.models["transformer"].eval()
