@@ -9,6 +9,8 @@ root = Path(__file__).parent
 config = ConfigParser(delimiters=["="], interpolation=None)
 config.read(root / "settings.ini")
 settings = config["DEFAULT"]
+# The models that come with the package lie, in a checkout that has some, beside the datasets.
+models = {"seqgan.pretrained": "data/pretrained"} if (root / "data/pretrained").is_dir() else {}
 
 setup(
     name=settings["lib_name"],
@@ -20,8 +22,9 @@ setup(
     license="Apache-2.0",
     long_description=(root / "README.md").read_text(),
     long_description_content_type="text/markdown",
-    packages=find_packages(include=["seqgan", "seqgan.*"]),
-    package_data={"seqgan": ["weights/*"]},
+    packages=[*find_packages(include=["seqgan", "seqgan.*"]), *models],
+    package_dir=models,
+    package_data={"seqgan": ["weights/*"], "seqgan.pretrained": ["*/*/*"]},
     python_requires=f">={settings['min_python']},<3.13",
     install_requires=settings["requirements"].split(),
     extras_require={

@@ -209,6 +209,7 @@ def test_top_level():
         "tests",
         "settings.ini",
         "setup.py",
+        "MANIFEST.in",
         "README.md",
         "LICENSE",
         "constraints.txt",
