@@ -24,11 +24,12 @@ setup(
     long_description_content_type="text/markdown",
     packages=[*find_packages(include=["seqgan", "seqgan.*"]), *models],
     package_dir=models,
-    package_data={"seqgan": ["weights/*"], "seqgan.pretrained": ["*/*/*"]},
+    package_data={"seqgan": ["weights/*", "study/*.html"], "seqgan.pretrained": ["*/*/*"]},
     python_requires=f">={settings['min_python']},<3.13",
     install_requires=settings["requirements"].split(),
     extras_require={
-        extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "bench", "lsun")
+        extra: settings[f"{extra}_requirements"].split()
+        for extra in ("dev", "bench", "browser", "lsun")
     },
     entry_points={"console_scripts": settings["console_scripts"].split()},
 )

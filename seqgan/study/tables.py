@@ -50,7 +50,7 @@ def example_record(
         made_up.update({name: metrics[name] for name in made_up.keys() & metrics.keys()})
     return {
         "preset": "smoke",
-        "dataset": {"label": "made up, 40 classes", "fingerprint": ""},
+        "dataset": {"label": "made up, 40 classes", "name": "shapes", "fingerprint": ""},
         "cells": [asdict(cell) | {"grid": "g1"} for cell in cells_of(config)],
         "seed": seed,
         "alpha": alpha,
