@@ -217,7 +217,10 @@ def test_top_level():
 
 
 def test_no_file_is_large():
-    assert not [name for name in tracked_files() if (ROOT / name).stat().st_size > 5_000_000]
+    "The explorer alone, which holds all its pictures, may have twice as much."
+    sizes = {name: (ROOT / name).stat().st_size for name in tracked_files()}
+    assert sizes.pop("reports/explorer.html", 0) < 10_000_000
+    assert not [name for name, size in sizes.items() if size > 5_000_000]
 
 
 def test_records_and_tables_agree(python, tmp_path):
