@@ -87,6 +87,25 @@ def train(config: Experiment, until: str = "") -> bool:
 
 
 # %% ../nbs/5k_command.ipynb #b360221d
+class _Once(argparse.Action):
+    "Store an option's value, and refuse a second one."
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = vars(namespace).setdefault("given", set())
+        if self.dest in given:
+            parser.error(f"{option_string} must be given once, got it again with {values!r}")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+class _Parser(argparse.ArgumentParser):
+    "A parser that takes no option for another: none abbreviated, none overridden by a later one."
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+        self.register("action", None, _Once)
+
+
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="tiny", choices=list(PRESETS))
     help_ = "'shapes', or the path of a folder of images"
@@ -134,8 +153,10 @@ def _add_reproduce(commands: argparse._SubParsersAction) -> None:
 def _add_publish(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("publish", help="trained models as small folders, to be committed")
     _add_common(parser)
-    alphas = (0.0, 0.4, 1.0)
-    parser.add_argument("--alphas", nargs="+", type=float, default=alphas, metavar="ALPHA")
+    help_ = "0, 0.4 and 1 unless others are named"
+    parser.add_argument(
+        "--alphas", nargs="+", action="extend", type=float, metavar="ALPHA", help=help_
+    )
     parser.add_argument("--seed", type=int, default=0)
     help_ = "where the models are written; the project's data/pretrained unless another is named"
     parser.add_argument("--folder", type=Path, help=help_)
@@ -146,8 +167,8 @@ def _add_explorer(commands: argparse._SubParsersAction) -> None:
     help_ = "one page of pictures and numbers over alpha, from published models and records"
     parser = commands.add_parser("explorer", help=help_, description=help_)
     parser.add_argument("--preset", default="study", choices=list(PRESETS))
-    help_ = "'shapes' and paths of folders of images, one or more"
-    parser.add_argument("--data", nargs="+", default=["shapes"], metavar="DATA", help=help_)
+    help_ = "'shapes' and paths of folders of images, one or more; shapes unless others are named"
+    parser.add_argument("--data", nargs="+", action="extend", metavar="DATA", help=help_)
     help_ = "of the folders' classes a slice, as 0::5 for every fifth"
     parser.add_argument("--classes", default="", metavar="SLICE", help=help_)
     help_ = "of published models; the project's data/pretrained unless another is named"
@@ -161,7 +182,7 @@ def _add_explorer(commands: argparse._SubParsersAction) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     "The parser of the `seqgan` command."
-    parser = argparse.ArgumentParser(prog="seqgan", description="SeQ-GAN from the command line.")
+    parser = _Parser(prog="seqgan", description="SeQ-GAN from the command line.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_train(commands)
     _add_reproduce(commands)
@@ -172,6 +193,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 # %% ../nbs/5k_command.ipynb #eec6b189
 OPTIONS = {
+    "preset": "--preset",
+    "transformer.causal": "--transformer",
     "data.name": "--data",
     "data.classes": "--classes",
     "phase": "--phase",
@@ -185,11 +208,14 @@ def check_settings(settings: dict[str, object], data: str) -> None:
     for name in settings:
         check(name not in OPTIONS, f"{name} must be given as {OPTIONS.get(name)}", f"--set {name}")
         of_folder = name in ("data.train", "data.val") and data != "shapes"
-        check(not of_folder, f"{name} must be left to the folder of images", f"--set {name}")
+        must = f"{name} cannot be set: the folder of images determines it"
+        check(not of_folder, must, f"--set {name}")
 
 
 def config_from(arguments: argparse.Namespace) -> Experiment:
-    "The experiment that the words after `seqgan train` ask for. Raises ValueError for others."
+    """The experiment requested on the `seqgan train` command line.
+
+    Raises ValueError for arguments that cannot work."""
     changes = {"data.name": arguments.data, "data.classes": arguments.classes}
     changes |= {"seed": arguments.seed, "phase": arguments.phase}
     if arguments.start:
@@ -205,10 +231,13 @@ def config_from(arguments: argparse.Namespace) -> Experiment:
 
 
 def publications_from(arguments: argparse.Namespace) -> list[Experiment]:
-    "The experiments that the words after `seqgan publish` ask for. Raises ValueError for others."
+    """The experiments requested on the `seqgan publish` command line.
+
+    Raises ValueError for arguments that cannot work."""
     changes = {"data.name": arguments.data, "data.classes": arguments.classes}
     config = resolve_config(preset(arguments.preset, changes | {"seed": arguments.seed}))
-    return [update(config, {"perceptual.alpha": alpha}) for alpha in arguments.alphas]
+    alphas = arguments.alphas or (0.0, 0.4, 1.0)
+    return [update(config, {"perceptual.alpha": alpha}) for alpha in alphas]
 
 
 def chain(config: Experiment) -> str:
@@ -218,18 +247,18 @@ def chain(config: Experiment) -> str:
 
 
 # %% ../nbs/5k_command.ipynb #3f61b0ca
-# What train, reproduce, and publish and explorer ask for.
+# What train, reproduce, and publish and explorer are to compute.
 Asked = Experiment | list[StudyRow] | list[Experiment]
 
 
 def _asked(arguments: argparse.Namespace) -> Asked:
-    "What the words of a command ask for. Raises ValueError or FileNotFoundError if there is none."
+    "The work that a command line requests. Raises ValueError or FileNotFoundError if it cannot be."
     if arguments.command == "train":
         return config_from(arguments)
     if arguments.command == "publish":
         return publications_from(arguments)
     if arguments.command == "explorer":
-        return datasets_of(arguments.preset, arguments.data, arguments.classes)
+        return datasets_of(arguments.preset, arguments.data or ["shapes"], arguments.classes)
     check_minutes(arguments.minutes)
     check_jobs(arguments.jobs)
     return whole_study(

@@ -159,7 +159,9 @@ class Autoencoder(Settings):
     Convolution only in phase one; with attention in the decoder in phase two.
     """
 
-    channels: int = paper(128, "Table 7", at_least(1))
+    channels: int = paper(
+        128, "Table 7", Range("be a positive multiple of 4", lambda c: c > 0 and c % 4 == 0)
+    )
     multipliers: tuple[int, ...] = paper(
         (1, 1, 2, 2, 4),
         "Table 7",
@@ -523,7 +525,7 @@ class Evaluation(Settings):
         50_000,
         "at most so many training images as the reference of generation FID, "
         "balanced over the classes",
-        at_least(2),
+        at_least(10),
     )
     seed: int = added_later(-1, "of the samples; -1: that of the experiment", at_least(-1))
 
@@ -558,16 +560,11 @@ def _check_sizes(config: "Experiment") -> None:
         size,
     )
     check(size % stride == 0, f"data.size must be a multiple of the stride {stride}", size)
-    has_attention = config.autoencoder.attention > 0
-    if config.phase == 2:
-        has_attention = has_attention or config.second_phase.attention > 0
-    block = config.autoencoder.attention_block
-    sides = [config.grid << level for level in range(len(config.autoencoder.multipliers))]
+    halved = 2 ** sum(config.vgg.pools)
     check(
-        not has_attention or all(side <= block or side % block == 0 for side in sides),
-        "autoencoder.attention_block must divide, or exceed, each side of the decoder's grids, "
-        f"{sides}",
-        block,
+        size % halved == 0,
+        f"data.size must be a multiple of {halved}, by which the perceptual network divides it",
+        size,
     )
     check(
         config.transformer.causal or config.masked_sampler.steps <= config.grid**2,
@@ -577,7 +574,35 @@ def _check_sizes(config: "Experiment") -> None:
     )
 
 
+def _check_attention(config: "Experiment") -> None:
+    network = config.autoencoder
+    added = config.second_phase.attention if config.phase == 2 else 0
+    if network.attention + added == 0:
+        return
+    sides = [config.grid << level for level in range(len(network.multipliers))]
+    check(
+        all(
+            side <= network.attention_block or side % network.attention_block == 0 for side in sides
+        ),
+        "autoencoder.attention_block must divide, or exceed, each side of the decoder's grids, "
+        f"{sides}",
+        network.attention_block,
+    )
+    widths = [network.channels * m for m in network.multipliers]
+    check(
+        all(width % network.attention_heads == 0 for width in widths),
+        f"autoencoder.attention_heads must divide each width of the decoder, {widths}",
+        network.attention_heads,
+    )
+
+
 def _check_trainings(config: "Experiment") -> None:
+    check(
+        not config.perceptual.scale_taps or config.vgg.weights.startswith("quarter"),
+        "perceptual.scale_taps must be False unless vgg.weights is 'quarter-0' or 'quarter-1', "
+        "whose cards have the taps' mean squares",
+        config.perceptual.scale_taps,
+    )
     steps = config.tokenizer_training.steps
     check(
         config.perceptual.warmup < steps,
@@ -624,6 +649,7 @@ class Experiment(Settings):
     def __post_init__(self):
         super().__post_init__()
         _check_sizes(self)
+        _check_attention(self)
         _check_trainings(self)
 
     @property

@@ -298,7 +298,10 @@ def entropy(p):
 
 
 def quantise(z, w, q):
-    """-> z_q (B, D, h, w), codes (B, h, w), and `codebook`, `commitment` and `entropy`."""
+    """-> z_q (B, D, h, w), codes (B, h, w), and a dict.
+
+    That has `codebook`, `commitment`, `entropy`, and the `features` (B, h, w, d) that are compared.
+    """
     features, vectors = compared(z, w, q), codes_of(w, q)
     flat = features.flatten(0, 2)
     squares = squared_distances(flat, vectors)
@@ -317,6 +320,7 @@ def quantise(z, w, q):
         "codebook": (features.detach() - chosen).square().mean() * size,
         "commitment": (chosen.detach() - features).square().mean() * size,
         "entropy": usage_entropy,
+        "features": features,
     }
     through = features + (chosen - features).detach()  # the gradient passes straight through
     z_q = linear(through, w, "up") if q.factors else through
@@ -375,19 +379,42 @@ def vgg(images, w, s, moments=None, dropout=None):
     return taps | {"logit": linear(x, w, "classifier.6")}
 
 
-def perceptual_terms(fake, real, w, s, alpha, layers):
+def perceptual_terms(fake, real, w, s, alpha, layers, squares=None):
     """Equation 3: the squared distance of features over H W C, summed over `low` and `sem` layers.
 
-    Or, with `layers`, just those (Table 6).
+    Or, with `layers`, just those (Table 6). A layer's distance is divided by its own of `squares`,
+    if there are any, which are the mean squares of features of real images (Gatys et al., 2015).
     """
     found, wanted = vgg(fake, w, s), vgg(real, w, s)
     term = {}
     for name, features in found.items():
-        squares = (features - wanted[name]).square().flatten(1).sum(1)
-        term[name] = (squares / features[0].numel()).mean()
+        distances = (features - wanted[name]).square().flatten(1).sum(1)
+        term[name] = (distances / features[0].numel()).mean()
+        if squares is not None:
+            term[name] = term[name] / squares[name]
     low, sem = sum(term[name] for name in LOW), sum(term[name] for name in SEM)
     chosen = sum(term[name] for name in layers) if layers else alpha * sem + (1 - alpha) * low
     return {"low": low, "sem": sem, "perceptual": chosen}
+
+
+def on_grid(x, side):
+    """Maps (B, C, H, H) on a grid of `side`: averaged where theirs is finer, or else repeated."""
+    if x.shape[-1] >= side:
+        block = x.shape[-1] // side
+        return x.unfold(2, block, block).unfold(3, block, block).mean((4, 5))
+    times = side // x.shape[-1]
+    return x.repeat_interleave(times, 2).repeat_interleave(times, 3)
+
+
+def misalignment(features, seen, w):
+    """GigaTok's (Xiong et al., 2025), of features (B, h, w, d) and `seen` (B, C, H, H).
+
+    At each position one minus the cosine of what a perceptron makes of the one, and the other.
+    """
+    x = silu(linear(features, w, "projection.0"))
+    x = linear(silu(linear(x, w, "projection.2")), w, "projection.4")
+    seen = on_grid(seen, features.shape[1]).permute(0, 2, 3, 1)
+    return (1 - (unit(x) * unit(seen)).sum(-1)).mean()
 
 
 # The discriminator (StyleGAN2, Karras et al., 2020) and its losses
@@ -766,15 +793,19 @@ class TokenizerTraining:
 
     `beginnings` are the steps at which the discriminator begins to train and the decoder to listen
     to it, and the length of the ramp after that; `pairs` the B&D attention at each level of the
-    decoder; `trained` the names of the tokenizer's weights that are trained.
+    decoder; `trained` the names of the tokenizer's weights that are trained; `squares` what layers
+    of the perceptual network are scaled by. An `alignment` in the start is that of `misalignment`.
     """
 
-    def __init__(self, c, s, train, features, start):
+    def __init__(self, c, s, train, features, start, squares=None):
         self.c, self.s, self.train, self.features = c, s, train, features
         self.beginnings = c.adversarial.train_start, c.adversarial.start, c.adversarial.ramp
         self.pairs, self.trained = c.autoencoder.attention, list(start["tokenizer"])
         self.tokenizer, self.discriminator = start["tokenizer"], start["discriminator"]
-        self.optimisers = {"tokenizer": Adam(s.betas), "discriminator": Adam(c.adversarial.betas)}
+        self.alignment = start.get("alignment")
+        betas = {"tokenizer": s.betas, "discriminator": c.adversarial.betas, "alignment": s.betas}
+        self.optimisers = {name: Adam(own) for name, own in betas.items()}
+        self.squares = squares if c.perceptual.scale_taps else None
         self.mean = None
 
     def batch(self, t):
@@ -791,7 +822,8 @@ class TokenizerTraining:
 
     def perceptual(self, fake, images, alpha, layers):
         """Equation 3, or Table 6."""
-        return perceptual_terms(fake, images, self.features, self.c.vgg, alpha, layers)
+        w, s = self.features, self.c.vgg
+        return perceptual_terms(fake, images, w, s, alpha, layers, self.squares)
 
     def train_discriminator(self, images, fake, t):
         """One update; the penalty counts for the steps until the next one has its turn."""
@@ -805,6 +837,23 @@ class TokenizerTraining:
         made = update("discriminator", self.discriminator, slopes(total, w), a.lr, optimiser, clip)
         self.discriminator = made.weights
         return {"d_loss": loss}, [made]
+
+    def rate(self, t):
+        """Of the tokenizer, and of what is trained along with it."""
+        return cosine(t, self.s.steps, self.s.lr, self.s.lr_end)
+
+    def align(self, images, features, t):
+        """One update of the perceptron alone -> its loss before, the tokenizer's after, [update].
+
+        Its rate, its betas and the limit of its gradient are the tokenizer's; no weight multiplies
+        its loss.
+        """
+        seen, w = vgg(images, self.features, self.c.vgg)["relu5_3"], leaves(self.alignment)
+        loss, optimiser = misalignment(features.detach(), seen, w), self.optimisers["alignment"]
+        gradients, clip = slopes(loss, w), self.s.clip
+        made = update("alignment", self.alignment, gradients, self.rate(t), optimiser, clip)
+        self.alignment = made.weights
+        return loss, misalignment(features, seen, self.alignment), [made]
 
     def step(self, t, alpha, layers):
         """Equation 2 with Equation 3, the entropy and the adversarial loss."""
@@ -827,11 +876,15 @@ class TokenizerTraining:
             others |= {"g_loss": adversarial, "adversarial_scale": scale}
         q = c.quantizer
         loss = loss + terms["codebook"] + q.beta * terms["commitment"] - q.gamma * terms["entropy"]
+        if self.alignment:
+            others["align"], misaligned, made = self.align(images, terms["features"], t)
+            loss, updates = loss + c.perceptual.align * misaligned, updates + made
 
-        rate = cosine(t, self.s.steps, self.s.lr, self.s.lr_end)
         optimiser = self.optimisers["tokenizer"]
         gradients, clip = slopes(loss, w), self.s.clip
-        updates.append(update("tokenizer", self.tokenizer, gradients, rate, optimiser, clip))
+        updates.append(
+            update("tokenizer", self.tokenizer, gradients, self.rate(t), optimiser, clip)
+        )
         self.tokenizer = updates[-1].weights
         self.follow(t)
         logged = {name: terms[name] for name in ("commitment", "entropy")}
@@ -875,9 +928,10 @@ class TokenizerTraining:
         return training
 
 
-def train_tokenizer(c, train, val, features, start, anew=True):
+def train_tokenizer(c, train, val, features, start, anew=True, squares=None):
     """Phase one; `anew` makes the codebook of the start features of the first images."""
-    q, fit = c.quantizer, TokenizerTraining(c, c.tokenizer_training, train, features, start)
+    fit = TokenizerTraining(c, c.tokenizer_training, train, features, start, squares)
+    q = c.quantizer
     positions = (c.data.size // 2 ** (len(c.autoencoder.multipliers) - 1)) ** 2
 
     @torch.no_grad()
@@ -903,7 +957,7 @@ def train_tokenizer(c, train, val, features, start, anew=True):
     if anew and q.start == "data":
         codes = first_codes(encoded(4 * q.codes), q.codes, c.seed)
         fit.tokenizer = fit.tokenizer | {"quantizer.codebook": codes}
-    training = Training({"tokenizer": fit.tokenizer, "discriminator": fit.discriminator})
+    training = Training(start | {"tokenizer": fit.tokenizer})
     return fit.run(training, objective, val, reestimate)
 
 

@@ -151,13 +151,28 @@ def test_settings_may_be_set_one_by_one(forked):
         (["--set", "quantizer.codes=many"], "quantizer.codes must be an integer, got 'many'"),
         (["--set", "quantizer.codez=8"], "codez"),
         (["--until", "decoder"], "--until must be one of real, branch-point"),
+        (["--set", "preset=tiny"], "preset must be given as --preset"),
+        (
+            ["--set", "transformer.causal=False"],
+            "transformer.causal must be given as --transformer",
+        ),
+        (["--phase", "1", "--phase", "2"], "--phase must be given once"),
+        (["--set", "data.size=8"], "data.size must be a multiple of"),
+        (["--set", "autoencoder.channels=5"], "autoencoder.channels must be a positive multiple"),
+        (["--phase", "2", "--set", "autoencoder.attention_heads=3"], "attention_heads must divide"),
+        (["--set", "evaluation.reference=2"], "evaluation.reference must be at least 10"),
+        (["--set", "vgg.weights=local", "classifier.batch=9999"], "classifier.batch must lie"),
+        (
+            ["--set", "vgg.weights=local", "perceptual.scale_taps=True"],
+            "perceptual.scale_taps must",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_first(forked, tmp_path, words, sentence):
     status, output = forked(seqgan, "train", "--preset", "smoke", *words).wait()
     assert status == 2
     last = output.strip().splitlines()[-1]
-    assert last.startswith("seqgan: error: ") and sentence in last, last
+    assert last.startswith("seqgan") and " error: " in last and sentence in last, last
     assert not (tmp_path / "home").exists()
 
 

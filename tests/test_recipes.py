@@ -142,9 +142,20 @@ def feature_network(config):
     return network
 
 
+MEAN_SQUARES = {  # as a card has them; no two alike
+    "relu1_2": 0.3,
+    "relu2_2": 2.0,
+    "relu3_3": 0.7,
+    "relu4_3": 0.25,
+    "relu5_3": 0.15,
+    "logit": 5.0,
+}
+
+
 def perceptual_network(config):
     """A VGG whose logits are as large as its other features, as those of a trained one are."""
     network = feature_network(config)
+    network.mean_squares = MEAN_SQUARES
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, nn.Linear):
@@ -341,8 +352,9 @@ def tokenizer(changes, folder, val=None, first=None):
     ):  # the reference has to find the codebook itself
         unknown = torch.full_like(start["tokenizer"]["quantizer.codebook"], torch.nan)
         start["tokenizer"] = start["tokenizer"] | {"quantizer.codebook": unknown}
-    numbers = numbers_of(config)
-    expected = reference.train_tokenizer(numbers, TRAIN, val, features, start, anew=not first)
+    expected = reference.train_tokenizer(
+        numbers_of(config), TRAIN, val, features, start, anew=not first, squares=MEAN_SQUARES
+    )
     return Case(config, run, expected, folder)
 
 
@@ -489,6 +501,29 @@ CASES = {
         },
     ),
     "tokenizer-from-another": (tokenizer, {"tokenizer_training.steps": 4}),
+    "tokenizer-scaled": (
+        partial(tokenizer, val=VAL),
+        {"perceptual.scale_taps": True, "perceptual.alpha": 0.4, "perceptual.warmup": 2},
+    ),
+    "tokenizer-aligned": (
+        tokenizer,  # what is seen has a finer grid than the codes
+        {
+            "perceptual.align": 2.0,
+            "vgg.pools": (1, 0, 0, 0, 0),
+            "tokenizer_training.clip": 0.25,
+            "tokenizer_training.lr": 1e-2,
+        },
+    ),
+    "tokenizer-aligned-in-parts": (
+        tokenizer,  # what is seen has a coarser grid than the codes
+        IN_PARTS
+        | {
+            "perceptual.align": 0.5,
+            "vgg.pools": (1, 1, 1, 0, 1),
+            "quantizer.factors": 4,
+            "tokenizer_training.steps": 4,
+        },
+    ),
     "decoder": (decoder, {}),
     "decoder-two-pairs": (
         decoder,

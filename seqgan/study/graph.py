@@ -188,8 +188,8 @@ def resolve_config(config: Experiment) -> Experiment:
 # %% ../../nbs/52_graph.ipynb #e564aa44
 def check_enough_images(images: int, split: str, name: str) -> None:
     "Raise ValueError unless the `images` of a split of dataset `name` can be measured."
-    must = f"{name} must have at least 2 images for {split}, to be measured"
-    check(images >= 2, must, images)
+    least = {"training": 10, "validation": 2}[split]  # ten for the judge's probe
+    check(images >= least, f"{name} must have at least {least} images for {split}", images)
 
 
 def check_experiment(config: Experiment) -> None:
@@ -199,6 +199,8 @@ def check_experiment(config: Experiment) -> None:
     batches = ["tokenizer_training", "second_phase"][: config.phase]
     check_batch_divides(config, *batches, "transformer_training")
     images = count_images(config.data)
+    if config.vgg.weights == "local":
+        batches.append("classifier")
     for training in batches:
         check_batch(getattr(config, training).batch, images["train"], f"{training}.batch")
     for split, words in (("train", "training"), ("val", "validation")):

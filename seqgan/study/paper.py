@@ -219,7 +219,7 @@ class Table:
         rows = self.rows(base)
         if str(wanted) == "":
             return rows
-        found = {r: c for r, c in rows.items() if slug(str(wanted)) in (slug(r), self.argument(r))}
+        found = {r: c for r, c in rows.items() if str(wanted) in (r, slug(r), self.argument(r))}
         allowed = ", ".join(self.argument(row) for row in rows)
         check(found, f"{self.parameter} must be empty for all, or one of {allowed}", wanted)
         return found

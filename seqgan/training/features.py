@@ -151,10 +151,9 @@ def train_classifier(
     """Train a perceptual network on labels, freeze it and save it as model.safetensors.
 
     Returns its `accuracy` on the validation images, the number of `classes`, and how many steps
-    were `skipped`. A batch of more than all training images is one of all of them.
+    were `skipped`. Raises ValueError for a batch of more than all training images.
     """
-    batch = min(config.batch, len(train))
-    batches = Batches(train.images, train.labels, batch, seed, flip=config.flip)
+    batches = Batches(train.images, train.labels, config.batch, seed, flip=config.flip)
     network.to(memory_format=torch.channels_last)  # a fifth faster for these narrow convolutions
     models, optimizers = {"net": network}, {"net": sgd(network, config)}
     schedules = {"net": lambda t: one_cycle(t, config.steps, config.lr, config.warmup)}

@@ -98,7 +98,10 @@ def shared_batches(config: Experiment, train: ImageSet, batch: int) -> Batches:
 
 
 def make_loop(phase: Phase, config: Experiment, folder: str | Path) -> Loop:
-    "The loop of a phase: Adam for both networks, a cosine for the tokenizer's rate (Table 9)."
+    """The loop of a phase: Adam for both networks, a cosine for the tokenizer's rate (Table 9).
+
+    The alignment's perceptron has what the tokenizer has.
+    """
     training, adversarial = phase.training, phase.adversarial
     trainable = [p for p in phase.tokenizer.parameters() if p.requires_grad]
     critics = phase.discriminator.parameters()
@@ -111,11 +114,13 @@ def make_loop(phase: Phase, config: Experiment, folder: str | Path) -> Loop:
         "tokenizer": lambda t: cosine(t, training.steps, training.lr, training.lr_end),
         "discriminator": lambda t: adversarial.lr,
     }
+    clip = {"tokenizer": training.clip, "discriminator": adversarial.clip}
     if phase.alignment:
         parameters = phase.alignment.parameters()
         models["alignment"] = phase.alignment
         optimizers["alignment"] = torch.optim.Adam(parameters, training.lr, training.betas)
         schedules["alignment"] = schedules["tokenizer"]
+        clip["alignment"] = training.clip
     return Loop(
         folder,
         training.steps,
@@ -123,7 +128,7 @@ def make_loop(phase: Phase, config: Experiment, folder: str | Path) -> Loop:
         models,
         optimizers,
         schedules,
-        clip={"tokenizer": training.clip, "discriminator": adversarial.clip},
+        clip=clip,
         ema={"tokenizer": config.tokenizer_training.ema},
     )
 
