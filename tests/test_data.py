@@ -333,7 +333,15 @@ def test_images_beside_their_annotations(tmp_path):
 
 @pytest.mark.parametrize(
     "train, val",
-    [("Training", "Test"), ("Train", "Val"), ("train2017", "val2017"), ("train", "eval")],
+    [
+        ("Training", "Test"),
+        ("Train", "Val"),
+        ("train2017", "val2017"),
+        ("train", "eval"),
+        ("TrainingData", "ValidationData"),
+        ("trn", "tst"),
+        ("tr", "te"),
+    ],
 )
 def test_splits_by_other_names(tmp_path, train, val):
     write_paths(tmp_path, f"{train}/cat/1.png", f"{train}/dog/2.png", f"{val}/dog/3.png")
@@ -348,6 +356,7 @@ def test_splits_by_other_names(tmp_path, train, val):
         ("train2014", "train2017", "val2017"),
         ("car", "train"),
         ("val", "test"),
+        ("trainA", "trainB", "testA", "testB"),
         ("bottle/train", "bottle/test", "cable"),
     ],
 )

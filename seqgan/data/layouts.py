@@ -6,6 +6,7 @@
 __all__ = [
     "TWENTIETH",
     "SPLIT_WORDS",
+    "SHORT_WORDS",
     "NEUTRAL_WORDS",
     "FFHQ",
     "WORDS",
@@ -72,11 +73,13 @@ def _one_tree(paths: list[str], top: str) -> Layout:
 
 # %% ../../nbs/13_layouts.ipynb #3cc46ade
 SPLIT_WORDS = {  # in a folder's name -> the split
-    **dict.fromkeys(("train", "training", "trainset"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "valset", "dev", "eval", "evaluation"), "val"),
-    **dict.fromkeys(("test", "testing", "testset"), "test"),
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val"),
+    **dict.fromkeys(("test", "testing", "tst"), "test"),
 }
+SHORT_WORDS = {"tr": "train", "va": "val", "te": "test"}  # where there are no other folders
 NEUTRAL_WORDS = {"set", "split", "data", "images", "image", "imgs", "img", "jpg", "png"}
+_JOINED = re.compile(f"({'|'.join(SPLIT_WORDS)})({'|'.join(NEUTRAL_WORDS)})?")
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,20 @@ class _SplitFolder:
     rest: tuple[str, ...]  # the other words of its name, without neutral ones and numbers
 
 
+def _words(name: str) -> list[str]:
+    "The words of a folder's name, in lower case: of `train_set`, `TRAINSET`, `TrainSet`, `trainA`."
+    words = []
+    for letters in re.findall("[A-Za-z]+", name):
+        if joined := _JOINED.fullmatch(letters.lower()):
+            words += filter(None, joined.groups())
+        else:
+            words += re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", letters)
+    return [word.lower() for word in words]
+
+
 def _as_split(name: str) -> _SplitFolder | None:
     "What a folder's name says of a split, if it has one word for it."
-    words = re.findall("[a-z]+", name.lower())
+    words = _words(name)
     splits = [SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS]
     if len(splits) != 1:
         return None
@@ -97,12 +111,16 @@ def _as_split(name: str) -> _SplitFolder | None:
 
 
 # %% ../../nbs/13_layouts.ipynb #e30917d4
-def _split_folders(names: Iterable[str]) -> list[_SplitFolder]:
+def _split_folders(names: set[str]) -> list[_SplitFolder]:
     """Those of the folders called `names`, side by side, that look like splits.
 
     A name with other words in it looks like one if there is its counterpart: `seg_train` beside
-    `seg_test`, but not `train_station` beside `harbour`.
+    `seg_test`, but not `train_station` beside `harbour`. A letter is not a word: `trainA` needs
+    no counterpart.
     """
+    short = {name.lower() for name in names}
+    if {"tr"} < short <= set(SHORT_WORDS):
+        return [_SplitFolder(name, SHORT_WORDS[name.lower()], ()) for name in sorted(names)]
     found = [folder for folder in map(_as_split, sorted(names)) if folder]
     splits_of_rest = {}
     for folder in found:
@@ -110,7 +128,9 @@ def _split_folders(names: Iterable[str]) -> list[_SplitFolder]:
     return [
         folder
         for folder in found
-        if not folder.rest or "train" in (splits := splits_of_rest[folder.rest]) and len(splits) > 1
+        if all(len(word) == 1 for word in folder.rest)
+        or "train" in (splits := splits_of_rest[folder.rest])
+        and len(splits) > 1
     ]
 
 
@@ -126,23 +146,22 @@ def _splits(paths: list[str], top: str) -> Layout | None:
     if not found:
         _check_no_splits_within(parts)
         return None
-    by_split = {
-        split: [f.name for f in found if f.split == split] for split in ("train", "val", "test")
-    }
+    by_split = {split: [f for f in found if f.split == split] for split in ("train", "val", "test")}
     train, val = by_split["train"], by_split["val"] or by_split["test"]
     shown = ", ".join(f"{top}{folder.name}/" for folder in found)
     check(
-        len(train) == 1 and (len(val) == 1 or names == {train[0]}),
+        len(train) == 1
+        and (len(val) == 1 and val[0].rest == train[0].rest or names == {train[0].name}),
         "data.name must be a folder in which it is clear what is for training and what is for "
         "validation",
         shown,
         "These look like splits. Keep one for training and one for validation or a test beside "
         "each other, or rename them if they are classes.",
     )
-    train_folder = f"{top}{train[0]}/"
+    train_folder = f"{top}{train[0].name}/"
     if not val:
         return _one_tree([path for path in paths if path.startswith(train_folder)], train_folder)
-    val_folder = f"{top}{val[0]}/"
+    val_folder = f"{top}{val[0].name}/"
     return Layout(
         train=classes_by_folder(paths, train_folder),
         val=classes_by_folder(paths, val_folder),
