@@ -8,6 +8,7 @@ __all__ = ["IMAGE_WORDS", "ANNOTATION_WORDS", "printable", "common_folder", "cla
 # %% ../../nbs/12_classes.ipynb #91c5290e
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 from ..core import check
@@ -41,12 +42,38 @@ def _is_hashed(paths: list[str]) -> bool:
     return any(fits(start) for start in range(len(common_folder(paths).split("/"))))
 
 
-def _is_by_thousands(parts: list[list[str]]) -> bool:
-    "Whether all files are called as FFHQ's, by number, in folders of a thousand."
-    for *folders, name in parts:
-        match = re.fullmatch(r"(\d{5})/(\d{5})\.\w+", "/".join([*folders, name]))
-        if not match or int(match[1]) != int(match[2]) // 1000 * 1000:
+def _is_by_thousands(parts: list[list[str]], top: str) -> bool:
+    """Whether all files are called by number, in folders of a thousand numbers (or of 10,000, ...).
+
+    A folder is called by its first number, as FFHQ's `01000/01234.png`, or by how many are before
+    it, as `01/01234.png`. Raises ValueError if the latter could be classes.
+    """
+    matches = []
+    for path in parts:
+        match = re.fullmatch(r"(\d+)/(\d+)\.\w+", "/".join(path))
+        if not match or len(match[1]) > len(match[2]):
             return False
+        matches.append(match)
+    if len({(len(m[1]), len(m[2])) for m in matches}) > 1:
+        return False
+    width, digits = len(matches[0][1]), len(matches[0][2])
+    pairs = [(int(m[1]), int(m[2])) for m in matches]
+    blocks = [10**power for power in range(3, digits)]
+    if width == digits:
+        by_first = (all(f == n // block * block for f, n in pairs) for block in blocks)
+        return digits > 4 and any(by_first)
+    fitting = [block for block in blocks if all(f == n // block for f, n in pairs)]
+    counts = sorted(Counter(m[1] for m in matches).items())
+    if not fitting or width == 1 or len(counts) == 1 or counts[0][0][0] != "0":
+        return False
+    check(
+        all(count > fitting[0] / 2 for _, count in counts[:-1]),
+        "data.name must be a folder in which it is clear what is a class",
+        ", ".join(f"{top}{folder}/" for folder, _ in counts[:3]),
+        "Each is named by the first digits of its images' numbers, as folders for storage are. "
+        "Put the images into one folder if they are of one class, or rename the folders, such as "
+        f"{counts[0][0]} to class_{counts[0][0]}, if they are classes.",
+    )
     return True
 
 
@@ -63,13 +90,19 @@ IMAGE_WORDS = {"image", "images", "img", "imgs", "jpegimages", "photos", "pictur
 ANNOTATION_WORDS = {
     *("annotation", "annotations", "label", "labels", "mask", "masks", "trimap", "trimaps"),
     *("segmentation", "segmentations", "segmentationclass", "segmentationobject"),
+    *("groundtruth", "groundtruths", "gt", "gts"),
 }
+
+
+def _joined(name: str) -> str:
+    "A folder's name in lower case and without signs: 'groundtruth' of `Ground_Truth`."
+    return re.sub(r"[\W_]", "", name.lower())
 
 
 def _check_no_annotations(names: set[str], top: str) -> None:
     "Raises ValueError for folders `names`, side by side, of images and of their annotations."
-    images = [name for name in sorted(names) if name.lower() in IMAGE_WORDS]
-    annotations = [name for name in sorted(names) if name.lower() in ANNOTATION_WORDS]
+    images = [name for name in sorted(names) if _joined(name) in IMAGE_WORDS]
+    annotations = [name for name in sorted(names) if _joined(name) in ANNOTATION_WORDS]
     check(
         not (images and annotations),
         "data.name must be a folder of images only",
@@ -82,13 +115,14 @@ def _check_no_annotations(names: set[str], top: str) -> None:
 def classes_by_folder(paths: Iterable[str], top: str = "") -> dict[str, str]:
     """Path -> class for the images below `top`; '' if there is one class only.
 
-    Raises ValueError if some of them seem to be annotations.
+    Raises ValueError if some of them seem to be annotations, and if it is not clear whether the
+    folders are classes.
     """
     paths = [path for path in paths if path.startswith(top)]
     parts = [path.removeprefix(top).split("/") for path in paths]
     if all(len(folders) == 1 for folders in parts):
         return dict.fromkeys(paths, "")
-    if _is_hashed(paths) or _is_by_thousands(parts):
+    if _is_hashed(paths) or _is_by_thousands(parts, top):
         return dict.fromkeys(paths, "")
     if _is_by_initial(parts):
         return {path: "/".join(f[1:-1]) for path, f in zip(paths, parts, strict=True)}
