@@ -7,6 +7,7 @@ __all__ = ["LOW", "SEM", "layer_losses", "layer_weights", "perceptual_loss", "Pe
 
 # %% ../../nbs/24_perceptual.ipynb #0a8341a0
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,7 @@ class PerceptualLoss(nn.Module):
         self.vgg = vgg.to(memory_format=torch.channels_last)  # a fifth faster
         self.config = config
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self.vgg.eval()  # whatever the parent says
         return self

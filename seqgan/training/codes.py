@@ -66,7 +66,9 @@ class Stamp:
     source: str  # a fingerprint of the images
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, images, source: str, flip: bool) -> Self:
+    def of(
+        cls, tokenizer: Tokenizer, images: torch.Tensor | LazyImages, source: str, flip: bool
+    ) -> Self:
         "The stamp of what is about to be computed."
         K = len(tokenizer.quantizer.codebook)
         height, width = (side // tokenizer.stride for side in images.shape[2:])
