@@ -174,11 +174,32 @@ def update(config: Settings, changes: dict[str, Any]) -> Settings:
 
 
 # %% ../nbs/01_settings.ipynb #b5dbf3b2
+def _unquoted(text: str) -> str:
+    "`text` without the quotation marks around it, if there is a pair."
+    quoted = re.fullmatch("'([^']*)'|\"([^\"]*)\"", text)
+    return text[1:-1] if quoted else text
+
+
+def _items(text: str) -> list[str] | None:
+    "The items of a list that `text` spells, with or without brackets; None if it spells none."
+    text = text.strip()
+    if text[:1] + text[-1:] in ("[]", "()"):
+        text = text[1:-1]
+    items = [item.strip() for item in text.split(",")]
+    if not items[-1]:
+        items.pop()  # as in (4,) and []
+    if "" in items or re.search(r"[\[\]()]", text):
+        return None
+    return [_unquoted(item) for item in items]
+
+
 def _parse(text: str, type_: Any) -> Any:
     "The value of `type_` that `text` spells; the text itself if it spells none."
     if get_origin(type_) is tuple:
-        items = [item.strip() for item in text.strip().strip("[]()").split(",")]
-        return [_parse(item.strip("'\""), get_args(type_)[0]) for item in items if item]
+        items = _items(text)
+        return text if items is None else [_parse(item, get_args(type_)[0]) for item in items]
+    if type_ is str:
+        return _unquoted(text)
     if type_ is bool:
         return {"true": True, "false": False}.get(text.strip().lower(), text)
     try:
@@ -196,7 +217,10 @@ def parse_value(group: type[Settings], name: str, text: str) -> Any:
     type_ = _setting(group, head).type
     if rest:
         return parse_value(type_, rest, text)
-    return _as_type(group.dotted(head), _parse(text, type_), type_)
+    value, dotted = _parse(text, type_), group.dotted(head)
+    fits = get_origin(type_) is not tuple or isinstance(value, list)
+    check(fits, f"{dotted} must be a list", text, "Write it as A,B or as [A, B].")
+    return _as_type(dotted, value, type_)
 
 
 # %% ../nbs/01_settings.ipynb #3562d951
