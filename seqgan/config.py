@@ -247,7 +247,7 @@ class Quantizer(Settings):
         30_000, "last step at which the codebook is re-estimated, as VQFR", at_least(0)
     )
     kmeans_buffer: int = chosen(
-        16_384, "most recent features that it is re-estimated from, as many as VQFR", at_least(1)
+        16_384, "number of recent features used for re-estimation, as in VQFR", at_least(1)
     )
     start: str = added_later(
         "data",
@@ -470,7 +470,9 @@ class TransformerTraining(Settings):
         one_of("last", "best"),
     )
     patience: int = added_later(
-        0, "end so many evaluations after the lowest validation loss; 0: never early", at_least(0)
+        0,
+        "stop after this many evaluations without improvement; 0 disables early stopping",
+        at_least(0),
     )
     seed: int = added_later(-1, "of the transformer; -1: that of the experiment", at_least(-1))
 
@@ -521,7 +523,7 @@ class Evaluation(Settings):
     )
     reference: int = chosen(
         50_000,
-        "at most so many training images as the reference of generation FID, "
+        "at most this many training images as the reference of generation FID, "
         "balanced over the classes",
         at_least(2),
     )

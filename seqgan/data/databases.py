@@ -82,7 +82,7 @@ def _new_environment(path: str):
         import lmdb
     except ImportError:
         remedy = "To read LSUN's databases: pip install 'seqgan[lsun]', or pip install lmdb."
-        check(False, "data.name must be a folder of images where lmdb is missing", path, remedy)
+        check(False, "reading LSUN requires the package lmdb", path, remedy)
     try:
         environment = lmdb.open(path, readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:

@@ -63,7 +63,7 @@ def is_drawn(data: Data) -> bool:
 
 # %% ../../nbs/16_folders.ipynb #8237ed0a
 def _locate(name: str) -> tuple[Path, str]:
-    "The folder called `name`, or that of the archive called so: where it is, what to call it."
+    "Path and display name of the folder, or of the unpacked archive, `name`."
     for place in _places(name):
         if place.is_dir():
             return place, _folder_name(name, place)
@@ -172,8 +172,8 @@ def _check_classes(layout: Layout, name: str) -> None:
         not unknown,
         f"{layout.val_folder} must have class folders of the images for training and no others",
         name,
-        f"There are besides: {', '.join(unknown[:3])}. Sort the images of {layout.val_folder} into "
-        "class folders, or take it away, and a fixed twentieth is held out.",
+        f"It also contains: {', '.join(unknown[:3])}. Sort the images of {layout.val_folder} into "
+        "class folders, or remove it, and a fixed 5% is held out.",
     )
 
 

@@ -178,7 +178,7 @@ class Judge:
     """A frozen public network and the names of its numbers.
 
     `name` is one of `JUDGES`. Raises ValueError for another, and FileNotFoundError for weights
-    that are neither here nor to be had.
+    that are neither cached nor downloadable.
     """
 
     def __init__(self, name: str):

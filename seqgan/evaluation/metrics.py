@@ -185,9 +185,7 @@ def psnr(images: Pixels, reference: Pixels) -> float:
     """
     check_pixels(images=images, reference=reference)
     lengths = (len(images), len(reference))
-    check(
-        lengths[0] == lengths[1], "images are compared in pairs, so both must be as many", lengths
-    )
+    check(lengths[0] == lengths[1], "both sets must contain the same number of images", lengths)
     total = 0.0
     for a, b in zip(chunks(images), chunks(reference), strict=True):
         mse = (a.cpu().float() - b.cpu().float()).square().mean((1, 2, 3))  # (B,)

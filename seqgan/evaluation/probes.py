@@ -64,7 +64,7 @@ def fit_linear(features: Tensor, targets: Tensor) -> LinearMap:
     """
     n = len(features)
     check(n >= 10, "a probe must be fitted to at least 10 images", n)
-    check(len(targets) == n, f"targets must be as many as the {n} features", len(targets))
+    check(len(targets) == n, f"there must be one target per feature vector ({n})", len(targets))
     x, y = features.double(), targets.double()
     mean, scale = x.mean(0), x.std(0)
     scale = torch.where(scale > 1e-8, scale, torch.inf)

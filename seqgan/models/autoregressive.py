@@ -86,7 +86,7 @@ def uniforms(
     unless there are `batch` indices.
     """
     indices = range(batch) if indices is None else [int(b) for b in indices]
-    check(len(indices) == batch, f"indices must be {batch}, one for each label", len(indices))
+    check(len(indices) == batch, f"there must be {batch} indices, one per label", len(indices))
     return torch.stack([torch.rand(n, generator=generator(purpose, seed, b)) for b in indices])
 
 

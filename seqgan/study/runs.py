@@ -180,8 +180,8 @@ def _print_runs_of_other_code(run: Run) -> None:
         if file.parent != run.folder and other["settings_digest"] == wanted:
             made = other.get("revision", "unknown")
             print_main(
-                f"{run.kind}: {file.parent.name} has these settings but was made by other code "
-                f"(revision {made}, which would resume it); computing anew"
+                f"{run.kind}: {file.parent.name} has these settings but was made by different "
+                f"code (revision {made}, which would resume it); recomputing"
             )
 
 

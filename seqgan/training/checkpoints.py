@@ -72,7 +72,8 @@ class Log:
         except OSError as error:
             if not is_disk_full(error):
                 raise
-            print_main(f"{self.folder.name}: {error}; log lines that wait: {len(self.pending)}")
+            lines = "line" if len(self.pending) == 1 else "lines"
+            print_main(f"{self.folder.name}: {error}; {len(self.pending)} log {lines} pending")
         if os.environ.get("SEQGAN_TENSORBOARD"):
             self._write_events(line)
 

@@ -100,7 +100,7 @@ class Worker:
         return f"job {self.number}: {self.task.name}  {seconds}  {last}"
 
     def failure(self) -> str:
-        "How a process that has ended failed; empty if it did not, or was stopped early."
+        "Why a finished process failed; empty if it succeeded or was stopped."
         status = self.process.returncode
         was_told = STOP.is_set() and status in (-signal.SIGTERM, -signal.SIGINT)
         if status == 0 or was_told:
