@@ -305,6 +305,9 @@ HASHES = [hashlib.sha1(b"%d" % i).hexdigest() for i in range(40)]
         ([f"{'/'.join(name[:6])}/{name}.webp" for name in HASHES], 1),  # LSUN's export
         ([f"{name[:2]}/{name}.jpg" for name in HASHES], 1),
         ([f"{i // 1000 * 1000:05d}/{i:05d}.png" for i in range(0, 9000, 300)], 1),  # some of FFHQ
+        ([f"{i // 1000 * 1000:06d}/{i:06d}.png" for i in range(0, 9000, 300)], 1),
+        ([f"{i // 1000:02d}/{i:05d}.png" for i in range(1900)], 1),
+        ([f"{i // 30}/{i:05d}.png" for i in range(300)], 10),  # digits
         (
             [
                 f"{name[0]}/{name}/{i}.jpg"
@@ -323,9 +326,16 @@ def test_folders_that_store(tmp_path, paths, classes):
     assert (len(train.classes), len(train) + len(val)) == (classes, len(paths))
 
 
-def test_images_beside_their_annotations(tmp_path):
-    "Oxford's pets: a question, and no two classes."
-    write_paths(tmp_path, "images/Abyssinian_1.jpg", "annotations/trimaps/Abyssinian_1.png")
+def test_folders_that_may_store_are_a_question(tmp_path):
+    write_paths(tmp_path, *[f"{i // 5:02d}/{i // 5 * 1000 + i % 5:05d}.png" for i in range(40)])
+    with pytest.raises(ValueError, match="clear what is a class, got '00/, 01/, 02/'"):
+        load(Data(str(tmp_path), size=12), "train")
+
+
+@pytest.mark.parametrize("annotations", ["annotations/trimaps", "ground_truth", "gt"])
+def test_images_beside_their_annotations(tmp_path, annotations):
+    "Oxford's pets, for one: a question, and no two classes."
+    write_paths(tmp_path, "images/Abyssinian_1.jpg", f"{annotations}/Abyssinian_1.png")
     with pytest.raises(ValueError, match="name images itself"):
         load(Data(str(tmp_path), size=12), "train")
     assert load(Data(str(tmp_path / "images"), size=12), "all").classes == ("images",)
@@ -333,7 +343,15 @@ def test_images_beside_their_annotations(tmp_path):
 
 @pytest.mark.parametrize(
     "train, val",
-    [("Training", "Test"), ("Train", "Val"), ("train2017", "val2017"), ("train", "eval")],
+    [
+        ("Training", "Test"),
+        ("Train", "Val"),
+        ("train2017", "val2017"),
+        ("train", "eval"),
+        ("TrainingData", "ValidationData"),
+        ("trn", "tst"),
+        ("tr", "te"),
+    ],
 )
 def test_splits_by_other_names(tmp_path, train, val):
     write_paths(tmp_path, f"{train}/cat/1.png", f"{train}/dog/2.png", f"{val}/dog/3.png")
@@ -348,6 +366,7 @@ def test_splits_by_other_names(tmp_path, train, val):
         ("train2014", "train2017", "val2017"),
         ("car", "train"),
         ("val", "test"),
+        ("trainA", "trainB", "testA", "testB"),
         ("bottle/train", "bottle/test", "cable"),
     ],
 )

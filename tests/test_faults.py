@@ -295,7 +295,7 @@ def test_other_code(child, copied, tmp_path):
     code = tmp_path / "code"
     result = child(sys.executable, *words, cwd=code, PYTHONPATH=str(code))
     assert result.returncode == 0, result.stdout
-    other_code = f"{old.name} has these settings but was made by other code"
+    other_code = f"{old.name} has these settings but was made by different code"
     assert other_code in result.stdout, result.stdout
     assert len(list(home.glob("runs/vgg-*"))) == 2 and before.items() <= finished(home).items()
 
