@@ -26,6 +26,7 @@ from torch import nn
 # isort: split
 from seqgan.core import precision
 from seqgan.data.images import ImageSet
+from seqgan.models.alignment import Alignment
 from seqgan.models.discriminator import Discriminator
 from seqgan.models.features import VGG
 from seqgan.models.pretrained import Pretrained
@@ -510,7 +511,7 @@ CASES = {
         {
             "perceptual.align": 2.0,
             "vgg.pools": (1, 0, 0, 0, 0),
-            "tokenizer_training.clip": 0.25,
+            "tokenizer_training.clip": 0.75,
             "tokenizer_training.lr": 1e-2,
         },
     ),
@@ -738,6 +739,13 @@ def test_optimizers_of_phase_one(trained):
         assert_optimizer(case, model, "Adam", everything, betas=betas, **PLAIN_ADAM)
 
 
+def test_optimizer_of_the_alignment(trained):
+    """That of the tokenizer, for all of its perceptron."""
+    case = trained("tokenizer-aligned")
+    everything = (case.run.start["alignment"], 0)
+    assert_optimizer(case, "alignment", "Adam", everything, betas=(0.9, 0.99), **PLAIN_ADAM)
+
+
 @pytest.mark.parametrize("name", ["decoder", "decoder-two-pairs", "decoder-control"])
 def test_optimizers_of_phase_two(trained, name):
     """Table 9: Adam .5/.9, and of the decoder alone."""
@@ -771,12 +779,14 @@ def test_seeds_of_the_first_weights(trained):
         torch.manual_seed(reference.seed_of("tokenizer", config.seed))
         tokenizer = Tokenizer(config.autoencoder, config.quantizer, config.data.size)
         discriminator = Discriminator(config.adversarial, config.data.size)
+        alignment = Alignment(config.autoencoder.code_dim, 32)  # which has no seed of its own
         torch.manual_seed(reference.seed_of("transformer", config.seed))
         transformer = Transformer(config.transformer, config.quantizer.codes, 16, len(CLASSES))
     start = trained("tokenizer-sem").run.start
     codebook = {"quantizer.codebook": start["tokenizer"]["quantizer.codebook"]}
     assert_same(start["tokenizer"], tokenizer.state_dict() | codebook)
     assert_same(start["discriminator"], discriminator.state_dict())
+    assert_same(trained("tokenizer-aligned").run.start["alignment"], alignment.state_dict())
     assert_same(trained("ar").run.start["transformer"], transformer.state_dict())
 
 
@@ -868,6 +878,18 @@ def test_clipping_is_reached(trained):
     }.items():
         norms = [update.norm for name in names for update in updates_of(trained(name), model)]
         assert min(norms) < 1 < max(norms), model
+
+
+def test_clipping_of_the_alignment_is_reached(trained):
+    """By its own gradient, whatever the tokenizer's is."""
+    case = trained("tokenizer-aligned")
+    limit = case.config.tokenizer_training.clip
+    clipped = [
+        [update.norm > limit for update in updates_of(case, model)]
+        for model in ("alignment", "tokenizer")
+    ]
+    assert True in clipped[0] and False in clipped[0]
+    assert clipped[0] != clipped[1]
 
 
 def test_feature_networks_are_not_clipped(trained):
