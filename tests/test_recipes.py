@@ -950,8 +950,32 @@ def test_float32(trained, name):
         assert distance(*moves) < 1e-2, what
 
 
-@pytest.mark.parametrize("name", REAL)
+BFLOAT16 = {  # {case: {model updated in its first step: about twice the distance measured}}
+    # Measured 0.32: batch normalisation over eight images makes much of a little rounding.
+    "classifier-smooth": {"net": 0.5},
+    "tokenizer-sem": {"tokenizer": 0.21},
+    "tokenizer-half": {"discriminator": 0.05, "tokenizer": 0.25},
+    "tokenizer-aligned": {"alignment": 0.0075, "tokenizer": 0.11},
+    "decoder": {"discriminator": 0.065, "tokenizer": 0.065},
+    "ar": {"transformer": 0.009},
+    "nar": {"transformer": 0.009},
+}
+
+
+@pytest.mark.parametrize("name", BFLOAT16)
 def test_bfloat16(trained, name):
-    """Convolutions with three digits: the first gradients point the same way."""
-    for what, found, expected in first_updates(trained(name, "bf16")):
-        assert distance(found.gradients, expected.gradients) < 0.5, what
+    """Convolutions with three digits: the gradients of the first step are near the right ones.
+
+    Those of later steps are not compared: Adam has then moved small weights by whole steps in
+    directions that rounding decides.
+    """
+    case = trained(name, "bf16")
+    updates = case.run.steps[0].updates, case.expected.steps[0].updates
+    distances = {
+        found.model: distance(found.gradients, expected.gradients)
+        for found, expected in zip(*updates, strict=True)
+    }
+    print({model: f"{value:.2g}" for model, value in distances.items()})
+    assert distances.keys() == BFLOAT16[name].keys()
+    for model, limit in BFLOAT16[name].items():
+        assert distances[model] < limit, model
