@@ -592,27 +592,27 @@ def case(request, trained):
 # Comparisons
 
 
-def assert_near(found, expected, what="", tolerance=1e-9):
+def assert_near(found, expected, label="", tolerance=1e-9):
     """Numbers or tensors by name are equal but for `tolerance`, relative to the largest of each.
 
     For a tensor without a number as large as a thousandth of the largest of all, to that.
     """
-    assert found.keys() == expected.keys(), what
+    assert found.keys() == expected.keys(), label
     found = {name: torch.as_tensor(value).double() for name, value in found.items()}
     expected = {name: torch.as_tensor(value).double() for name, value in expected.items()}
     most = max((float(value.abs().max()) for value in expected.values()), default=0.0)
     for name, value in expected.items():
-        assert found[name].shape == value.shape, f"{what}, {name}"
+        assert found[name].shape == value.shape, f"{label}, {name}"
         error = (found[name] - value).abs().max()
         allowed = tolerance * max(value.abs().max(), 1e-3 * most)
-        assert error <= allowed, f"{what}, {name}: off by {error:.3g}, more than {allowed:.3g}"
+        assert error <= allowed, f"{label}, {name}: off by {error:.3g}, more than {allowed:.3g}"
 
 
-def assert_same(found, expected, what=""):
+def assert_same(found, expected, label=""):
     """Tensors by name are equal bit for bit."""
-    assert found.keys() == expected.keys(), what
+    assert found.keys() == expected.keys(), label
     for name, value in expected.items():
-        assert torch.equal(found[name], value), f"{what}, {name}"
+        assert torch.equal(found[name], value), f"{label}, {name}"
 
 
 def distance(found, expected):
@@ -628,7 +628,7 @@ def pairs_of_steps(case):
 
 
 def pairs_of_updates(case):
-    """(what, update of the package, update of the reference), of all models in all steps."""
+    """(label, update of the package, update of the reference), of all models in all steps."""
     pairs = []
     for step, found, expected in pairs_of_steps(case):
         models = [update.model for update in expected.updates]
@@ -663,27 +663,27 @@ def test_terms(case):
 
 def test_gradients(case):
     """Before clipping, so that their scale counts too; and of no other parameters."""
-    for what, found, expected in pairs_of_updates(case):
-        assert_near(found.gradients, expected.gradients, what)
+    for label, found, expected in pairs_of_updates(case):
+        assert_near(found.gradients, expected.gradients, label)
 
 
 def test_clipping(case):
     """The norm, and what clipping leaves."""
-    for what, found, expected in pairs_of_updates(case):
-        assert_near({"norm": found.norm}, {"norm": expected.norm}, what)
-        assert_near(found.clipped, expected.clipped, what)
+    for label, found, expected in pairs_of_updates(case):
+        assert_near({"norm": found.norm}, {"norm": expected.norm}, label)
+        assert_near(found.clipped, expected.clipped, label)
 
 
 def test_learning_rates(case):
     """At every step, from the first to the last."""
-    for what, found, expected in pairs_of_updates(case):
-        assert found.rate == pytest.approx(expected.rate, rel=1e-12, abs=1e-18), what
+    for label, found, expected in pairs_of_updates(case):
+        assert found.rate == pytest.approx(expected.rate, rel=1e-12, abs=1e-18), label
 
 
 def test_weights(case):
     """After each update."""
-    for what, found, expected in pairs_of_updates(case):
-        assert_near(found.weights, expected.weights, what)
+    for label, found, expected in pairs_of_updates(case):
+        assert_near(found.weights, expected.weights, label)
 
 
 def test_saved_weights(case):
@@ -924,7 +924,7 @@ REAL = ("classifier-smooth", "tokenizer-sem", "decoder", "ar", "nar")
 
 
 def first_updates(case):
-    """(what, update of the package, update of the reference) for the first one of each model.
+    """(label, update of the package, update of the reference) for the first one of each model.
 
     Later ones may come to differ by a code, which rounding has made another.
     """
@@ -940,14 +940,14 @@ def test_float32(trained, name):
     case = trained(name, "no")
     first = case.expected.steps[0].terms
     assert case.run.steps[0].terms == pytest.approx(first, rel=1e-4)
-    for what, found, expected in first_updates(case):
-        assert distance(found.gradients, expected.gradients) < 1e-4, what
+    for label, found, expected in first_updates(case):
+        assert distance(found.gradients, expected.gradients) < 1e-4, label
         weights = case.expected.start[found.model]
         moves = [
             {key: update.weights[key] - value for key, value in weights.items()}
             for update in (found, expected)
         ]
-        assert distance(*moves) < 1e-2, what
+        assert distance(*moves) < 1e-2, label
 
 
 BFLOAT16 = {  # {case: {model updated in its first step: about twice the distance measured}}
