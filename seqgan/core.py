@@ -70,18 +70,18 @@ def _identity(config: object) -> dict[str, object]:
     for f in fields(config):
         value = getattr(config, f.name)
         is_neutral = "neutral" in f.metadata and value == f.metadata["neutral"]
-        is_told_better = "unless" in f.metadata and getattr(config, f.metadata["unless"])
-        if f.compare and not is_neutral and not is_told_better:
+        is_superseded = "unless" in f.metadata and getattr(config, f.metadata["unless"])
+        if f.compare and not is_neutral and not is_superseded:
             identity[f.name] = value
     return identity
 
 
-def digest(*parts: object) -> str:
-    """Twelve hexadecimal digits that name `parts`: dataclasses, dicts, strings, numbers.
+def digest(*values: object) -> str:
+    """Twelve hexadecimal digits that name `values`: dataclasses, dicts, strings, numbers.
 
     Equal configurations have equal digests, in every process and on every machine.
     """
-    text = json.dumps(parts, sort_keys=True, indent=1, default=_identity)
+    text = json.dumps(values, sort_keys=True, indent=1, default=_identity)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -92,14 +92,14 @@ def file_digest(path: str | Path) -> str:
 
 
 # %% ../nbs/00_core.ipynb #88afbcb2
-def seed_of(*parts: int | str) -> int:
-    "A 63-bit seed that is a pure function of `parts`."
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+def seed_of(*values: int | str) -> int:
+    "A 63-bit seed that is a pure function of `values`."
+    return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:8], "big") >> 1
 
 
-def generator(*parts: int | str) -> torch.Generator:
-    "A random generator on the CPU, seeded by `parts`."
-    return torch.Generator().manual_seed(seed_of(*parts))
+def generator(*values: int | str) -> torch.Generator:
+    "A random generator on the CPU, seeded by `values`."
+    return torch.Generator().manual_seed(seed_of(*values))
 
 
 # %% ../nbs/00_core.ipynb #2a70944a

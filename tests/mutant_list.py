@@ -632,6 +632,22 @@ MUTANTS = [
         ("notebook",),
     ),
     Mutant(
+        "alignment-unlimited",
+        "the gradient of the alignment's perceptron is limited as the tokenizer's",
+        "training.tokenizer",
+        '        clip["alignment"] = training.clip\n',
+        "",
+        ("tests/test_recipes.py::test_clipping[tokenizer-aligned]",),
+    ),
+    Mutant(
+        "taps-multiplied",
+        "each layer's term is divided by the layer's mean square",
+        "models.perceptual",
+        "term / self.squares[name]",
+        "term * self.squares[name]",
+        ("tests/test_recipes.py::test_terms[tokenizer-scaled]",),
+    ),
+    Mutant(
         "alignment-forgotten",
         "perceptual.align",
         "training.tokenizer",

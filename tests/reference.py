@@ -55,15 +55,15 @@ class Training:
 # Random numbers
 
 
-def seed_of(*parts):
+def seed_of(*values):
     """63 bits of the SHA-256 of what the random numbers are for."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
+    digest = hashlib.sha256(repr(values).encode()).digest()
     return int.from_bytes(digest[:8], "big") // 2
 
 
-def generator(*parts):
+def generator(*values):
     """A random generator for one purpose."""
-    return torch.Generator().manual_seed(seed_of(*parts))
+    return torch.Generator().manual_seed(seed_of(*values))
 
 
 # Images

@@ -31,7 +31,7 @@ def at_most(rate, nominal):
 
 def combined(claim, values):
     "The p-values of a claim before Holm's correction."
-    return np.max([evidence(part, values).p for part in BY_ID[claim].parts], 0)
+    return np.max([evidence(comparison, values).p for comparison in BY_ID[claim].comparisons], 0)
 
 
 @pytest.mark.parametrize("seeds", [3, 4, 8])
@@ -47,7 +47,7 @@ def test_nothing_is_found_where_there_is_nothing(seeds, correlation, tails):
 
 HALF_RECONSTRUCTION = {(RECONSTRUCTION, row, ""): 0.5 for row in LAYERS}
 HALF_GENERATION = {(GENERATION, row, c): 0.5 for row in LAYERS[1:] for c in ("AR", "NAR")}
-# One part of the claim is false and the others are true: the worst case of a test of "and".
+# One comparison of the claim is false and the others are true: the worst case of a test of "and".
 ONE_FALSE = {
     "C3": {(RECONSTRUCTION, "alpha 0.4", ""): 0.5, (RECONSTRUCTION, "alpha 1", ""): 0.5},
     "C6": HALF_RECONSTRUCTION | HALF_GENERATION,
@@ -90,7 +90,7 @@ def test_true_claims_do_not_help_false_ones():
 @pytest.mark.parametrize("seeds", [3, 8])
 def test_a_true_claim_is_seldom_refuted(seeds):
     "An effect of exactly the margin, the smallest that matters, is refuted in 2.5% of studies."
-    smallest = margin(BY_ID["C2"].parts[0])
+    smallest = margin(BY_ID["C2"].comparisons[0])
     means = {(GENERATION, "alpha 1", column): 1 - smallest for column in ("AR", "NAR")}
     decided = judge_simulated(simulate(null_world() | means, seeds, STUDIES, 0.05, seed=9))["C2"]
     rate = (decided == REFUTED).mean()

@@ -165,8 +165,8 @@ def test_what_is_missing_is_said(data):
     shapes, photos = data["datasets"]
     assert shapes["alphas"] == [0, 0.2, 0.4, 1]
     assert shapes["missing"] == [
-        *(f"no {what} at α = 0.2, 0.6, 0.8" for what in ("tokenizer", "decoder of phase two")),
-        *(f"no {what} at α = 0.2, 0.6, 0.8" for what in ("AR transformer", "NAR transformer")),
+        *(f"no {model} at α = 0.2, 0.6, 0.8" for model in ("tokenizer", "decoder of phase two")),
+        *(f"no {model} at α = 0.2, 0.6, 0.8" for model in ("AR transformer", "NAR transformer")),
         "no record at α = 0.4, 0.6, 0.8",
     ]
     assert photos["classes"] == ["cat", "dog"]
@@ -186,11 +186,11 @@ def test_the_page_is_one_file(text):
 # In a browser
 
 
-def missing(what):
+def missing(requirement):
     "Skip, or fail where a browser is required."
     if os.environ.get("SEQGAN_BROWSER") == "required":
-        pytest.fail(f"{what}, and SEQGAN_BROWSER=required")
-    pytest.skip(what)
+        pytest.fail(f"{requirement}, and SEQGAN_BROWSER=required")
+    pytest.skip(requirement)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from torch import nn
 # isort: split
 from seqgan.core import precision
 from seqgan.data.images import ImageSet
+from seqgan.models.alignment import Alignment
 from seqgan.models.discriminator import Discriminator
 from seqgan.models.features import VGG
 from seqgan.models.pretrained import Pretrained
@@ -510,7 +511,7 @@ CASES = {
         {
             "perceptual.align": 2.0,
             "vgg.pools": (1, 0, 0, 0, 0),
-            "tokenizer_training.clip": 0.25,
+            "tokenizer_training.clip": 0.75,
             "tokenizer_training.lr": 1e-2,
         },
     ),
@@ -591,27 +592,27 @@ def case(request, trained):
 # Comparisons
 
 
-def assert_near(found, expected, what="", tolerance=1e-9):
+def assert_near(found, expected, label="", tolerance=1e-9):
     """Numbers or tensors by name are equal but for `tolerance`, relative to the largest of each.
 
     For a tensor without a number as large as a thousandth of the largest of all, to that.
     """
-    assert found.keys() == expected.keys(), what
+    assert found.keys() == expected.keys(), label
     found = {name: torch.as_tensor(value).double() for name, value in found.items()}
     expected = {name: torch.as_tensor(value).double() for name, value in expected.items()}
     most = max((float(value.abs().max()) for value in expected.values()), default=0.0)
     for name, value in expected.items():
-        assert found[name].shape == value.shape, f"{what}, {name}"
+        assert found[name].shape == value.shape, f"{label}, {name}"
         error = (found[name] - value).abs().max()
         allowed = tolerance * max(value.abs().max(), 1e-3 * most)
-        assert error <= allowed, f"{what}, {name}: off by {error:.3g}, more than {allowed:.3g}"
+        assert error <= allowed, f"{label}, {name}: off by {error:.3g}, more than {allowed:.3g}"
 
 
-def assert_same(found, expected, what=""):
+def assert_same(found, expected, label=""):
     """Tensors by name are equal bit for bit."""
-    assert found.keys() == expected.keys(), what
+    assert found.keys() == expected.keys(), label
     for name, value in expected.items():
-        assert torch.equal(found[name], value), f"{what}, {name}"
+        assert torch.equal(found[name], value), f"{label}, {name}"
 
 
 def distance(found, expected):
@@ -627,7 +628,7 @@ def pairs_of_steps(case):
 
 
 def pairs_of_updates(case):
-    """(what, update of the package, update of the reference), of all models in all steps."""
+    """(label, update of the package, update of the reference), of all models in all steps."""
     pairs = []
     for step, found, expected in pairs_of_steps(case):
         models = [update.model for update in expected.updates]
@@ -662,27 +663,27 @@ def test_terms(case):
 
 def test_gradients(case):
     """Before clipping, so that their scale counts too; and of no other parameters."""
-    for what, found, expected in pairs_of_updates(case):
-        assert_near(found.gradients, expected.gradients, what)
+    for label, found, expected in pairs_of_updates(case):
+        assert_near(found.gradients, expected.gradients, label)
 
 
 def test_clipping(case):
     """The norm, and what clipping leaves."""
-    for what, found, expected in pairs_of_updates(case):
-        assert_near({"norm": found.norm}, {"norm": expected.norm}, what)
-        assert_near(found.clipped, expected.clipped, what)
+    for label, found, expected in pairs_of_updates(case):
+        assert_near({"norm": found.norm}, {"norm": expected.norm}, label)
+        assert_near(found.clipped, expected.clipped, label)
 
 
 def test_learning_rates(case):
     """At every step, from the first to the last."""
-    for what, found, expected in pairs_of_updates(case):
-        assert found.rate == pytest.approx(expected.rate, rel=1e-12, abs=1e-18), what
+    for label, found, expected in pairs_of_updates(case):
+        assert found.rate == pytest.approx(expected.rate, rel=1e-12, abs=1e-18), label
 
 
 def test_weights(case):
     """After each update."""
-    for what, found, expected in pairs_of_updates(case):
-        assert_near(found.weights, expected.weights, what)
+    for label, found, expected in pairs_of_updates(case):
+        assert_near(found.weights, expected.weights, label)
 
 
 def test_saved_weights(case):
@@ -738,6 +739,13 @@ def test_optimizers_of_phase_one(trained):
         assert_optimizer(case, model, "Adam", everything, betas=betas, **PLAIN_ADAM)
 
 
+def test_optimizer_of_the_alignment(trained):
+    """That of the tokenizer, for all of its perceptron."""
+    case = trained("tokenizer-aligned")
+    everything = (case.run.start["alignment"], 0)
+    assert_optimizer(case, "alignment", "Adam", everything, betas=(0.9, 0.99), **PLAIN_ADAM)
+
+
 @pytest.mark.parametrize("name", ["decoder", "decoder-two-pairs", "decoder-control"])
 def test_optimizers_of_phase_two(trained, name):
     """Table 9: Adam .5/.9, and of the decoder alone."""
@@ -771,12 +779,14 @@ def test_seeds_of_the_first_weights(trained):
         torch.manual_seed(reference.seed_of("tokenizer", config.seed))
         tokenizer = Tokenizer(config.autoencoder, config.quantizer, config.data.size)
         discriminator = Discriminator(config.adversarial, config.data.size)
+        alignment = Alignment(config.autoencoder.code_dim, 32)  # which has no seed of its own
         torch.manual_seed(reference.seed_of("transformer", config.seed))
         transformer = Transformer(config.transformer, config.quantizer.codes, 16, len(CLASSES))
     start = trained("tokenizer-sem").run.start
     codebook = {"quantizer.codebook": start["tokenizer"]["quantizer.codebook"]}
     assert_same(start["tokenizer"], tokenizer.state_dict() | codebook)
     assert_same(start["discriminator"], discriminator.state_dict())
+    assert_same(trained("tokenizer-aligned").run.start["alignment"], alignment.state_dict())
     assert_same(trained("ar").run.start["transformer"], transformer.state_dict())
 
 
@@ -870,6 +880,18 @@ def test_clipping_is_reached(trained):
         assert min(norms) < 1 < max(norms), model
 
 
+def test_clipping_of_the_alignment_is_reached(trained):
+    """By its own gradient, whatever the tokenizer's is."""
+    case = trained("tokenizer-aligned")
+    limit = case.config.tokenizer_training.clip
+    clipped = [
+        [update.norm > limit for update in updates_of(case, model)]
+        for model in ("alignment", "tokenizer")
+    ]
+    assert True in clipped[0] and False in clipped[0]
+    assert clipped[0] != clipped[1]
+
+
 def test_feature_networks_are_not_clipped(trained):
     """However long their gradients are."""
     updates = updates_of(trained("classifier-vgg"), "net")
@@ -902,7 +924,7 @@ REAL = ("classifier-smooth", "tokenizer-sem", "decoder", "ar", "nar")
 
 
 def first_updates(case):
-    """(what, update of the package, update of the reference) for the first one of each model.
+    """(label, update of the package, update of the reference) for the first one of each model.
 
     Later ones may come to differ by a code, which rounding has made another.
     """
@@ -918,18 +940,42 @@ def test_float32(trained, name):
     case = trained(name, "no")
     first = case.expected.steps[0].terms
     assert case.run.steps[0].terms == pytest.approx(first, rel=1e-4)
-    for what, found, expected in first_updates(case):
-        assert distance(found.gradients, expected.gradients) < 1e-4, what
+    for label, found, expected in first_updates(case):
+        assert distance(found.gradients, expected.gradients) < 1e-4, label
         weights = case.expected.start[found.model]
         moves = [
             {key: update.weights[key] - value for key, value in weights.items()}
             for update in (found, expected)
         ]
-        assert distance(*moves) < 1e-2, what
+        assert distance(*moves) < 1e-2, label
 
 
-@pytest.mark.parametrize("name", REAL)
+BFLOAT16 = {  # {case: {model updated in its first step: about twice the distance measured}}
+    # Measured 0.32: batch normalisation over eight images makes much of a little rounding.
+    "classifier-smooth": {"net": 0.5},
+    "tokenizer-sem": {"tokenizer": 0.21},
+    "tokenizer-half": {"discriminator": 0.05, "tokenizer": 0.25},
+    "tokenizer-aligned": {"alignment": 0.0075, "tokenizer": 0.11},
+    "decoder": {"discriminator": 0.065, "tokenizer": 0.065},
+    "ar": {"transformer": 0.009},
+    "nar": {"transformer": 0.009},
+}
+
+
+@pytest.mark.parametrize("name", BFLOAT16)
 def test_bfloat16(trained, name):
-    """Convolutions with three digits: the first gradients point the same way."""
-    for what, found, expected in first_updates(trained(name, "bf16")):
-        assert distance(found.gradients, expected.gradients) < 0.5, what
+    """Convolutions with three digits: the gradients of the first step are near the right ones.
+
+    Those of later steps are not compared: Adam has then moved small weights by whole steps in
+    directions that rounding decides.
+    """
+    case = trained(name, "bf16")
+    updates = case.run.steps[0].updates, case.expected.steps[0].updates
+    distances = {
+        found.model: distance(found.gradients, expected.gradients)
+        for found, expected in zip(*updates, strict=True)
+    }
+    print({model: f"{value:.2g}" for model, value in distances.items()})
+    assert distances.keys() == BFLOAT16[name].keys()
+    for model, limit in BFLOAT16[name].items():
+        assert distances[model] < limit, model

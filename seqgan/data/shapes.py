@@ -232,7 +232,7 @@ def _draw(label, rngs, size):
 def _draw_scenes(seed, split, indices, size, keep):
     """Draw scenes number `indices` (N,) of a split, many at once, each given to `keep`.
 
-    `keep(rows, images, factors)` is called with the rows of `indices` that were drawn together.
+    `keep(rows, batch, factors)` is called with the rows of `indices` that were drawn together.
     """
     check(split in ("train", "val"), "split must be 'train' or 'val'", split)
     labels = indices % len(shapes_classes)
@@ -264,8 +264,8 @@ def draw_shapes(
     indices = torch.as_tensor(indices, dtype=torch.int64)
     images = np.empty((len(indices), 3, size, size), np.uint8)
 
-    def keep(rows, drawn, factors):
-        images[rows] = drawn
+    def keep(rows, batch, factors):
+        images[rows] = batch
 
     _draw_scenes(seed, split, indices, size, keep)
     return torch.from_numpy(images), indices % len(shapes_classes)
@@ -284,7 +284,7 @@ def draw_factors(seed: int, split: str, indices: Iterable[int]) -> dict[str, tor
     indices = torch.as_tensor(indices, dtype=torch.int64)
     found: dict[str, torch.Tensor] = {}
 
-    def keep(rows, drawn, factors):
+    def keep(rows, batch, factors):
         for name, values in factors.items():
             found.setdefault(name, torch.empty(len(indices)))[rows] = torch.from_numpy(
                 np.float32(values)

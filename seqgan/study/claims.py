@@ -29,7 +29,7 @@ __all__ = [
     "opposite",
     "rises",
     "falls_along",
-    "Part",
+    "Comparison",
     "Claim",
     "paper_number",
     "paper_effect",
@@ -202,7 +202,7 @@ def falls_along(metric: str, rows: tuple[str, ...], *columns: str) -> tuple[Cont
 
 # %% ../../nbs/5b_claims.ipynb #f5d07e63
 @dataclass(frozen=True)
-class Part:
+class Comparison:
     """One thing that a claim says: contrasts that are averaged within the seed.
 
     `order` names rows along which the metric falls: then the p-value is Page's."""
@@ -214,16 +214,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper: what it says, where, its parts, its premise.
+    """A claim of the paper: what it says, where, its comparisons, its premise.
 
     `beside` are contrasts that explain it; they are reported and decide nothing."""
 
     id: str
     words: str
     where: str
-    parts: tuple[Part, ...]
-    premise: tuple[Part, ...] = ()
-    beside: tuple[Part, ...] = ()
+    comparisons: tuple[Comparison, ...]
+    premise: tuple[Comparison, ...] = ()
+    beside: tuple[Comparison, ...] = ()
 
 
 # %% ../../nbs/5b_claims.ipynb #4bf8479f
@@ -240,21 +240,23 @@ _NAR_LOWER = Contrast(GENERATION, _AFTER[0], ((_AFTER[0], 1.0), (_AFTER[1], -1.0
 _OTHER_NETWORK = "second network, alpha 0", "second network, alpha 1"
 
 
-def _at_lower_fidelity() -> tuple[Part, ...]:
+def _at_lower_fidelity() -> tuple[Comparison, ...]:
     "What fewer codes do to alpha = 0: its reconstruction and its loss beside those of alpha = 1."
-    parts = []
+    comparisons = []
     for share in ("a quarter of the codes", "a 16th of the codes"):
         row = f"{share}, alpha 0"
-        parts.append(
-            Part(f"reconstructs better than {share}", falls(RECONSTRUCTION, row, "alpha 1"))
+        comparisons.append(
+            Comparison(f"reconstructs better than {share}", falls(RECONSTRUCTION, row, "alpha 1"))
         )
-        parts.append(Part(f"lower loss than {share}", falls("val_loss", row, "alpha 1", "AR")))
-    return tuple(parts)
+        comparisons.append(
+            Comparison(f"lower loss than {share}", falls("val_loss", row, "alpha 1", "AR"))
+        )
+    return tuple(comparisons)
 
 
-def _semantic(base: str, other: str) -> tuple[Part, ...]:
+def _semantic(base: str, other: str) -> tuple[Comparison, ...]:
     "The premise that a loss that sees semantics lowers the semantic loss."
-    return (Part("the semantic loss is lower", falls("L_sem", base, other)),)
+    return (Comparison("the semantic loss is lower", falls("L_sem", base, other)),)
 
 
 def _for_decoders(contrast, metric: str, *columns: str) -> tuple[Contrast, ...]:
@@ -262,20 +264,28 @@ def _for_decoders(contrast, metric: str, *columns: str) -> tuple[Contrast, ...]:
     return conv + contrast(metric, "baseline", "attention x2", *columns)
 
 
-def _worst_of_all() -> tuple[Part, ...]:
-    parts = []
+def _worst_of_all() -> tuple[Comparison, ...]:
+    comparisons = []
     for row in LAYERS:
-        parts.append(Part(f"E reconstructs worse than {row}", rises(RECONSTRUCTION, row, "E")))
-        parts.append(Part(f"E generates worse than {row}", rises(GENERATION, row, "E", *BOTH)))
-    return tuple(parts)
+        comparisons.append(
+            Comparison(f"E reconstructs worse than {row}", rises(RECONSTRUCTION, row, "E"))
+        )
+        comparisons.append(
+            Comparison(f"E generates worse than {row}", rises(GENERATION, row, "E", *BOTH))
+        )
+    return tuple(comparisons)
 
 
-def _large_codebook() -> tuple[Part, ...]:
-    parts = []
+def _large_codebook() -> tuple[Comparison, ...]:
+    comparisons = []
     for row in (PLAIN, "k-means", "entropy"):
-        parts.append(Part(f"reconstructs better than {row}", falls(RECONSTRUCTION, row, _LARGE)))
-        parts.append(Part(f"generates worse than {row}", rises(GENERATION, row, _LARGE, "AR")))
-    return tuple(parts)
+        comparisons.append(
+            Comparison(f"reconstructs better than {row}", falls(RECONSTRUCTION, row, _LARGE))
+        )
+        comparisons.append(
+            Comparison(f"generates worse than {row}", rises(GENERATION, row, _LARGE, "AR"))
+        )
+    return tuple(comparisons)
 
 
 # %% ../../nbs/5b_claims.ipynb #01e844af
@@ -284,29 +294,37 @@ CLAIMS = (
         "C1",
         "a stronger decoder, trained jointly, generates worse",
         "Table 1",
-        parts=(
-            Part("generates worse", _for_decoders(rises, GENERATION, *TABLES["table1"].columns)),
+        comparisons=(
+            Comparison(
+                "generates worse", _for_decoders(rises, GENERATION, *TABLES["table1"].columns)
+            ),
         ),
-        premise=(Part("it reconstructs better", _for_decoders(falls, RECONSTRUCTION)),),
+        premise=(Comparison("it reconstructs better", _for_decoders(falls, RECONSTRUCTION)),),
     ),
     Claim(
         "C2",
         "generation improves as alpha rises from 0 to 1",
         "Figure 6b",
-        parts=(Part("generates better", falls(GENERATION, "alpha 0", "alpha 1", *BOTH)),),
+        comparisons=(
+            Comparison("generates better", falls(GENERATION, "alpha 0", "alpha 1", *BOTH)),
+        ),
         premise=_semantic("alpha 0", "alpha 1"),
         beside=(
-            Part("with another perceptual network", falls(GENERATION, *_OTHER_NETWORK, *BOTH)),
-            Part("than by alignment", falls(GENERATION, "alignment, alpha 0", "alpha 1", *BOTH)),
+            Comparison(
+                "with another perceptual network", falls(GENERATION, *_OTHER_NETWORK, *BOTH)
+            ),
+            Comparison(
+                "than by alignment", falls(GENERATION, "alignment, alpha 0", "alpha 1", *BOTH)
+            ),
         ),
     ),
     Claim(
         "C3",
         f"reconstruction is best at an alpha in between ({BEST_RFID_ALPHA:g})",
         "Figure 6b and text",
-        parts=(
-            Part("better than alpha 0", rises(RECONSTRUCTION, BEST_ALPHA, "alpha 0")),
-            Part("better than alpha 1", rises(RECONSTRUCTION, BEST_ALPHA, "alpha 1")),
+        comparisons=(
+            Comparison("better than alpha 0", rises(RECONSTRUCTION, BEST_ALPHA, "alpha 0")),
+            Comparison("better than alpha 1", rises(RECONSTRUCTION, BEST_ALPHA, "alpha 1")),
         ),
         premise=_semantic("alpha 0", "alpha 1"),
     ),
@@ -314,10 +332,10 @@ CLAIMS = (
         "C4",
         "the transformer's validation loss falls as alpha rises from 0 to 1",
         "Figure 10, curves only",
-        parts=(Part("lower loss", falls("val_loss", "alpha 0", "alpha 1", "AR")),),
+        comparisons=(Comparison("lower loss", falls("val_loss", "alpha 0", "alpha 1", "AR")),),
         premise=_semantic("alpha 0", "alpha 1"),
         beside=(
-            Part("with another perceptual network", falls("val_loss", *_OTHER_NETWORK, "AR")),
+            Comparison("with another perceptual network", falls("val_loss", *_OTHER_NETWORK, "AR")),
             *_at_lower_fidelity(),
         ),
     ),
@@ -325,56 +343,60 @@ CLAIMS = (
         "C5",
         "leaving out shallow layers improves generation step by step",
         "Table 6",
-        parts=(Part("falls along the rows", falls_along(GENERATION, LAYERS, *BOTH), LAYERS),),
+        comparisons=(
+            Comparison("falls along the rows", falls_along(GENERATION, LAYERS, *BOTH), LAYERS),
+        ),
         premise=_semantic("low", "sem"),
     ),
     Claim(
         "C6",
         "the logit alone (E) is the worst of all, in reconstruction and in generation",
         "Table 6",
-        parts=_worst_of_all(),
+        comparisons=_worst_of_all(),
     ),
     Claim(
         "C7",
         "the best reconstruction (D) is not the best generation (sem)",
         "Table 6",
-        parts=(
-            Part("D reconstructs better than sem", falls(RECONSTRUCTION, "sem", "D")),
-            Part("sem generates better than D", falls(GENERATION, "D", "sem", *BOTH)),
+        comparisons=(
+            Comparison("D reconstructs better than sem", falls(RECONSTRUCTION, "sem", "D")),
+            Comparison("sem generates better than D", falls(GENERATION, "D", "sem", *BOTH)),
         ),
     ),
     Claim(
         "C8",
         "the entropy term uses more codes and beats no regularisation in both tasks",
         "Table 5",
-        parts=(
-            Part("uses more codes", rises("usage", PLAIN, "entropy")),
-            Part("reconstructs better", falls(RECONSTRUCTION, PLAIN, "entropy")),
-            Part("generates better", falls(GENERATION, PLAIN, "entropy", *BOTH)),
+        comparisons=(
+            Comparison("uses more codes", rises("usage", PLAIN, "entropy")),
+            Comparison("reconstructs better", falls(RECONSTRUCTION, PLAIN, "entropy")),
+            Comparison("generates better", falls(GENERATION, PLAIN, "entropy", *BOTH)),
         ),
-        premise=(Part("codes are unused without regularisation", (_UNUSED,)),),
+        premise=(Comparison("codes are unused without regularisation", (_UNUSED,)),),
     ),
     Claim(
         "C9",
         "a large factorised, normalised codebook reconstructs best and generates worst",
         "Table 5",
-        parts=_large_codebook(),
+        comparisons=_large_codebook(),
     ),
     Claim(
         "C10",
         "a second phase of the decoder improves generation, the codes unchanged",
         "Figure 8b, ImageNet",
-        parts=(Part("generates better", falls(GENERATION, "phase 1", "phase 2", *BOTH)),),
+        comparisons=(
+            Comparison("generates better", falls(GENERATION, "phase 1", "phase 2", *BOTH)),
+        ),
         premise=(
-            Part("PSNR is higher", rises("PSNR", "phase 1", "phase 2")),
-            Part("the loss of details is lower", falls("L_low", "phase 1", "phase 2")),
-            Part("it reconstructs better", falls(RECONSTRUCTION, "phase 1", "phase 2")),
+            Comparison("PSNR is higher", rises("PSNR", "phase 1", "phase 2")),
+            Comparison("the loss of details is lower", falls("L_low", "phase 1", "phase 2")),
+            Comparison("it reconstructs better", falls(RECONSTRUCTION, "phase 1", "phase 2")),
         ),
         beside=(
-            Part(
+            Comparison(
                 "than with alpha kept", falls(GENERATION, "phase 2, alpha kept", "phase 2", *BOTH)
             ),
-            Part(
+            Comparison(
                 "than without attention",
                 falls(GENERATION, "phase 2, no attention", "phase 2", *BOTH),
             ),
@@ -384,7 +406,7 @@ CLAIMS = (
         "C11",
         "after phase two the masked transformer generates better than the autoregressive one",
         "Tables 3 and 4, ImageNet",
-        parts=(Part("NAR generates better", (_NAR_LOWER,)),),
+        comparisons=(Comparison("NAR generates better", (_NAR_LOWER,)),),
     ),
 )
 
@@ -403,19 +425,19 @@ def paper_number(metric: str, place: Place) -> float:
     return float("nan")
 
 
-def paper_effect(part: Part) -> float:
-    "The effect of a part in the paper's own numbers, in units of the baseline; NaN if unknown."
+def paper_effect(comparison: Comparison) -> float:
+    "Its effect in the paper's own numbers, in units of the baseline; NaN if unknown."
     effects = []
-    for contrast in part.contrasts:
+    for contrast in comparison.contrasts:
         total = sum(w * paper_number(contrast.metric, place) for place, w in contrast.terms)
         effects.append(total / paper_number(contrast.metric, contrast.base))
     return float(np.mean(effects))
 
 
-def margin(part: Part) -> float:
+def margin(comparison: Comparison) -> float:
     "The smallest effect that matters: a share of the baseline, at most half the paper's effect."
-    widest = MARGINS[part.contrasts[0].metric]
-    effect = paper_effect(part)
+    widest = MARGINS[comparison.contrasts[0].metric]
+    effect = paper_effect(comparison)
     return widest if math.isnan(effect) else min(widest, abs(effect) / 2)
 
 
@@ -423,8 +445,8 @@ def margin(part: Part) -> float:
 def paper_words(claim: Claim) -> str:
     "The numbers of the paper that a claim rests on: 'AR FID: alpha 0 16.97, alpha 1 12.07; ...'."
     series: dict[str, dict[str, float]] = {}
-    for part in claim.parts:
-        for contrast in part.contrasts:
+    for comparison in claim.comparisons:
+        for contrast in comparison.contrasts:
             name = _IN_THE_PAPER.get(contrast.metric, contrast.metric)
             for place, _ in contrast.terms:
                 number = paper_number(contrast.metric, place)
@@ -439,19 +461,19 @@ def paper_words(claim: Claim) -> str:
 
 
 def plan_table(claims: Iterable[Claim] = CLAIMS) -> pd.DataFrame:
-    "What is compared, part by part: premise, paper's effect and margin in % of the baseline."
+    "What is compared: premise, paper's effect and margin in % of the baseline."
     lines = []
     for claim in claims:
-        for part in claim.parts:
+        for comparison in claim.comparisons:
             lines.append(
                 {
                     "claim": claim.id,
-                    "part": part.words,
-                    "metric": part.contrasts[0].metric,
+                    "comparison": comparison.words,
+                    "metric": comparison.contrasts[0].metric,
                     "premise": "; ".join(premise.words for premise in claim.premise),
-                    "test": "Page's trend" if part.order else "paired t",
-                    "paper's effect, %": 100 * paper_effect(part),
-                    "margin, %": 100 * margin(part),
+                    "test": "Page's trend" if comparison.order else "paired t",
+                    "paper's effect, %": 100 * paper_effect(comparison),
+                    "margin, %": 100 * margin(comparison),
                 }
             )
     return pd.DataFrame(lines)

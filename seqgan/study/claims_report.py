@@ -16,8 +16,23 @@ from matplotlib.figure import Figure
 
 from ..core import check
 from ..plot import DPI
-from .claims import CLAIMS, GENERATION, Claim, Contrast, Part, opposite, paper_words
-from .verdicts import HOLDS, REFUTED, UNDECIDED, UNTESTED, measured_cells, read_part
+from seqgan.study.claims import (
+    CLAIMS,
+    GENERATION,
+    Claim,
+    Comparison,
+    Contrast,
+    opposite,
+    paper_words,
+)
+from seqgan.study.verdicts import (
+    HOLDS,
+    REFUTED,
+    UNDECIDED,
+    UNTESTED,
+    measured_cells,
+    read_comparison,
+)
 
 
 # %% ../../nbs/5e_claims_report.ipynb #c66847b1
@@ -30,7 +45,7 @@ def _here(line: pd.Series) -> str:
     if pd.isna(line.effect):
         return ""
     return (
-        f"{line.part}: {_percent(line.effect)} of the baseline "
+        f"{line.comparison}: {_percent(line.effect)} of the baseline "
         f"[{_percent(line.low)}, {_percent(line.high)}], margin {100 * line.margin:.2g}%, "
         f"p = {line.p:.2g} (Holm {line.p_holm:.2g}; sign flip {line.p_flip:.2g}, "
         f"at least {line.p_flip_least:.2g}), {line.seeds:.0f} seeds"
@@ -121,34 +136,38 @@ def claims_figure(results: pd.DataFrame, claims: Iterable[Claim] = CLAIMS) -> Fi
 BESIDE = ("FID-lite0", "SWD", "class_accuracy")
 
 
-def _by_metric(part: Part, metric: str) -> Part:
-    "A part about generation as another metric sees it."
-    replaced = tuple(Contrast(metric, c.base, c.terms) for c in part.contrasts)
+def _by_metric(comparison: Comparison, metric: str) -> Comparison:
+    "A comparison about generation as another metric sees it."
+    replaced = tuple(Contrast(metric, c.base, c.terms) for c in comparison.contrasts)
     if metric == "class_accuracy":
         replaced = tuple(opposite(contrast) for contrast in replaced)
-    return Part(part.words, replaced)
+    return Comparison(comparison.words, replaced)
 
 
-def _parts_beside(claim: Claim) -> list[Part]:
+def _comparisons_beside(claim: Claim) -> list[Comparison]:
     "What is reported with a claim and decides nothing."
-    about_samples = [p for p in claim.parts if p.contrasts[0].metric == GENERATION]
-    others = [_by_metric(part, metric) for part in about_samples for metric in BESIDE]
+    about_samples = [p for p in claim.comparisons if p.contrasts[0].metric == GENERATION]
+    others = [_by_metric(comparison, metric) for comparison in about_samples for metric in BESIDE]
     return [*claim.beside, *others]
 
 
 def beside_table(tidy: pd.DataFrame, claims: Iterable[Claim] = CLAIMS) -> pd.DataFrame:
     """Effects with 95% intervals that decide nothing, of one dataset, in units of the baseline.
 
-    A line for each part and metric that was measured for three seeds or more."""
+    A line for each comparison and metric that was measured for three seeds or more."""
     cells, lines = measured_cells(tidy), []
     for claim in claims:
-        for part in _parts_beside(claim):
-            found = read_part(part, cells).found
+        for comparison in _comparisons_beside(claim):
+            found = read_comparison(comparison, cells).found
             if found is None:
                 continue
-            line = {"claim": claim.id, "part": part.words, "metric": part.contrasts[0].metric}
+            line = {
+                "claim": claim.id,
+                "comparison": comparison.words,
+                "metric": comparison.contrasts[0].metric,
+            }
             numbers = {"effect": found.effect, "low": found.low, "high": found.high}
             line |= {name: float(value) for name, value in numbers.items()}
             lines.append(line | {"seeds": found.seeds})
-    columns = ["claim", "part", "metric", "effect", "low", "high", "seeds"]
+    columns = ["claim", "comparison", "metric", "effect", "low", "high", "seeds"]
     return pd.DataFrame(lines, columns=columns)

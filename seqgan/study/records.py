@@ -248,9 +248,9 @@ def _line(record: dict) -> dict[str, object]:
     names = {"PSNR": "PSNR", "L1": "l1", "L_low": "low", "L_sem": "sem"}
     names |= {"usage": "usage", "perplexity": "perplexity"}
     line |= {name: tokenizer[key] for name, key in names.items()}
-    for what, metrics in (("reconstruction", tokenizer), ("generation", generation)):
+    for kind, metrics in (("reconstruction", tokenizer), ("generation", generation)):
         if "class_accuracy" in metrics:
-            line[f"{what} class_accuracy"] = metrics["class_accuracy"]
+            line[f"{kind} class_accuracy"] = metrics["class_accuracy"]
     line |= {f"real {name}": value for name, value in record["floors"].items()}
     return line | {
         "protocol": "+".join(record["protocol_id"].values()),

@@ -38,8 +38,8 @@ from .verdicts import Key, Values, evidence, keys_of, premise_holds, verdicts
 # %% ../../nbs/5d_simulation.ipynb #4ec436ee
 def all_keys() -> list[Key]:
     "All that the claims, their premises and what stands beside them need."
-    parts = [p for c in CLAIMS for p in (*c.parts, *c.premise, *c.beside)]
-    return list(dict.fromkeys(key for part in parts for key in keys_of(part)))
+    comparisons = [p for c in CLAIMS for p in (*c.comparisons, *c.premise, *c.beside)]
+    return list(dict.fromkeys(key for comparison in comparisons for key in keys_of(comparison)))
 
 
 def simulate(
@@ -82,10 +82,10 @@ def judge_simulated(values: Values) -> dict[str, np.ndarray]:
     "The verdicts (studies,) on each claim, by its name."
     found, p = {}, []
     for claim in CLAIMS:
-        parts = [evidence(part, values) for part in claim.parts]
-        found[claim.id] = parts
-        premise = [evidence(part, values) for part in claim.premise]
-        combined = np.max([part.p for part in parts], 0)
+        evidences = [evidence(comparison, values) for comparison in claim.comparisons]
+        found[claim.id] = evidences
+        premise = [evidence(comparison, values) for comparison in claim.premise]
+        combined = np.max([one.p for one in evidences], 0)
         p.append(np.where(premise_holds(premise), combined, np.nan) if premise else combined)
     adjusted = holm(np.stack(p, -1))  # (studies, claims)
     return {claim.id: verdicts(adjusted[..., i], found[claim.id]) for i, claim in enumerate(CLAIMS)}

@@ -20,7 +20,7 @@ __all__ = [
     "verdicts",
     "measured_cells",
     "Reading",
-    "read_part",
+    "read_comparison",
     "judge",
 ]
 
@@ -41,8 +41,8 @@ from seqgan.study.claims import (
     LEAST_SEEDS,
     MARGINS,
     Claim,
+    Comparison,
     Contrast,
-    Part,
     Place,
     margin,
 )
@@ -52,11 +52,11 @@ Key = tuple[str, str, str]  # metric, row, column
 Values = Mapping[Key, np.ndarray]  # (..., seeds)
 
 
-def keys_of(part: Part) -> list[Key]:
-    "What must have been measured for a part."
+def keys_of(comparison: Comparison) -> list[Key]:
+    "What must have been measured for a comparison."
     keys = [
         (contrast.metric, place.row, place.column)
-        for contrast in part.contrasts
+        for contrast in comparison.contrasts
         for place, _ in contrast.terms
         if place != EVERY_CODE
     ]
@@ -73,20 +73,20 @@ def _relative(values: Values, contrast: Contrast, place: Place) -> np.ndarray:
     return _at(values, contrast.metric, place) / base
 
 
-def effects_of(part: Part, values: Values) -> np.ndarray:
-    "The effect of a part in each seed (..., seeds), positive where the paper is right."
+def effects_of(comparison: Comparison, values: Values) -> np.ndarray:
+    "The effect of a comparison in each seed (..., seeds), positive where the paper is right."
     found = [
         sum(weight * _relative(values, contrast, place) for place, weight in contrast.terms)
-        for contrast in part.contrasts
+        for contrast in comparison.contrasts
     ]
     return np.mean(found, 0)
 
 
-def _ordered(part: Part, values: Values) -> np.ndarray:
-    "The relative values (..., seeds, rows) of a part that is an order, averaged over columns."
+def _ordered(comparison: Comparison, values: Values) -> np.ndarray:
+    "The relative values (..., seeds, rows) of an order of rows, averaged over columns."
     found = []
-    for row in part.order:
-        of_row = [_relative(values, c, Place(row, c.base.column)) for c in part.contrasts]
+    for row in comparison.order:
+        of_row = [_relative(values, c, Place(row, c.base.column)) for c in comparison.contrasts]
         found.append(np.mean(of_row, 0))
     return np.stack(found, -1)
 
@@ -94,7 +94,7 @@ def _ordered(part: Part, values: Values) -> np.ndarray:
 # %% ../../nbs/5c_verdicts.ipynb #dbe414cf
 @dataclass(frozen=True)
 class Evidence:
-    "What the seeds say about a part; arrays of one shape, an entry for each study."
+    "What the seeds say about a comparison; arrays of one shape, an entry for each study."
 
     effect: np.ndarray  # mean over the seeds that did not diverge, in units of the baseline
     low: np.ndarray  # ends of its 95% interval
@@ -111,16 +111,16 @@ def _if_diverged(effects: np.ndarray, sign: int) -> np.ndarray:
     return np.where(np.isnan(effects), sign * largest, effects)
 
 
-def evidence(part: Part, values: Values) -> Evidence:
-    "The evidence of values (..., seeds) for a part; two seeds or more must not be NaN."
-    effects = effects_of(part, values)
+def evidence(comparison: Comparison, values: Values) -> Evidence:
+    "The evidence of values (..., seeds) for a comparison; two seeds or more must not be NaN."
+    effects = effects_of(comparison, values)
     diverged = np.isnan(effects).reshape(-1, effects.shape[-1]).any(0)
     observed = effects[..., ~diverged]
     worst, best = _if_diverged(effects, -1), _if_diverged(effects, 1)
-    smallest = margin(part) if part.contrasts[0].metric in MARGINS else 0.0
+    smallest = margin(comparison) if comparison.contrasts[0].metric in MARGINS else 0.0
     return Evidence(
         *interval(observed),
-        p=page_test(_ordered(part, values)) if part.order else t_test(worst),
+        p=page_test(_ordered(comparison, values)) if comparison.order else t_test(worst),
         p_margin=t_test(smallest - best),
         p_flip=sign_flip(worst),
         seeds=observed.shape[-1],
@@ -132,24 +132,24 @@ HOLDS, REFUTED, UNDECIDED, UNTESTED = "holds", "does not hold", "not decided", "
 
 
 def premise_holds(premise: Iterable[Evidence]) -> np.ndarray | bool:
-    "Whether all parts of a premise hold, in each study."
+    "Whether all comparisons of a premise hold, in each study."
     return np.all([found.p <= ALPHA for found in premise], 0)
 
 
-def weakest(parts: list[Evidence]) -> np.ndarray:
-    "Which part has the largest p-value, in each study."
-    return np.argmax([found.p for found in parts], 0)
+def weakest(evidences: list[Evidence]) -> np.ndarray:
+    "Which comparison has the largest p-value, in each study."
+    return np.argmax([found.p for found in evidences], 0)
 
 
-def _is_refuted(parts: list[Evidence]) -> np.ndarray:
-    "Whether some part is refuted at 2.5%, shared among the parts (Bonferroni)."
-    least = np.min([found.p_margin for found in parts], 0)
-    return least <= ALPHA / 2 / len(parts)
+def _is_refuted(evidences: list[Evidence]) -> np.ndarray:
+    "Whether some comparison is refuted at 2.5%, shared among the comparisons (Bonferroni)."
+    least = np.min([found.p_margin for found in evidences], 0)
+    return least <= ALPHA / 2 / len(evidences)
 
 
-def verdicts(p_holm: np.ndarray, parts: list[Evidence]) -> np.ndarray:
+def verdicts(p_holm: np.ndarray, evidences: list[Evidence]) -> np.ndarray:
     "The verdict in each study. `p_holm` is NaN where the premise does not hold."
-    cases = [np.isnan(p_holm), _is_refuted(parts), p_holm <= ALPHA]
+    cases = [np.isnan(p_holm), _is_refuted(evidences), p_holm <= ALPHA]
     return np.select(cases, [UNTESTED, REFUTED, HOLDS], UNDECIDED)
 
 
@@ -171,16 +171,16 @@ def _listed(things: Iterable[object]) -> str:
     return ", ".join(str(thing) for thing in things)
 
 
-def _reason(part: Part, cells: dict[Key, pd.Series], values: Values) -> str:
-    "Why a part cannot be tested; empty if it can."
-    missing = [key for key in keys_of(part) if key not in cells]
+def _reason(comparison: Comparison, cells: dict[Key, pd.Series], values: Values) -> str:
+    "Why a comparison cannot be tested; empty if it can."
+    missing = [key for key in keys_of(comparison) if key not in cells]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         return f"no {_name(missing[0])}{more}"
     whole = np.isfinite(list(values.values())).all(0).sum()
     if whole < LEAST_SEEDS:
         return f"{whole} complete seeds, {LEAST_SEEDS} are needed"
-    for contrast in part.contrasts:
+    for contrast in comparison.contrasts:
         base = (contrast.metric, contrast.base.row, contrast.base.column)
         if np.nanmean(values[base]) <= 0:
             return f"{_name(base)} is not above 0"
@@ -189,16 +189,16 @@ def _reason(part: Part, cells: dict[Key, pd.Series], values: Values) -> str:
 
 @dataclass(frozen=True)
 class Reading:
-    "A part as measured: its evidence, or the reason why there is none; remarks about its seeds."
+    "A comparison as measured: its evidence, or why there is none; remarks about its seeds."
 
-    part: Part
+    comparison: Comparison
     found: Evidence | None
     reason: str
     remarks: tuple[str, ...]
 
 
 def _remarks(present: dict[Key, pd.Series], shared: list[int]) -> tuple[str, ...]:
-    "Which seeds are not in every cell of a part, and which runs diverged."
+    "Which seeds are not in every cell of a comparison, and which runs diverged."
     every = set().union(*(series.index for series in present.values()))
     remarks = []
     if every - set(shared):
@@ -210,38 +210,38 @@ def _remarks(present: dict[Key, pd.Series], shared: list[int]) -> tuple[str, ...
     return tuple(remarks)
 
 
-def read_part(part: Part, cells: dict[Key, pd.Series]) -> Reading:
-    "Pair the cells of a part by seed and test it."
-    present = {key: cells[key] for key in keys_of(part) if key in cells}
+def read_comparison(comparison: Comparison, cells: dict[Key, pd.Series]) -> Reading:
+    "Pair the cells of a comparison by seed and test it."
+    present = {key: cells[key] for key in keys_of(comparison) if key in cells}
     indices = [set(series.index) for series in present.values()]
     shared = sorted(set.intersection(*indices)) if indices else []
     values = {key: series.loc[shared].to_numpy(float) for key, series in present.items()}
-    reason = _reason(part, cells, values)
-    found = None if reason else evidence(part, values)
-    return Reading(part, found, reason, _remarks(present, shared))
+    reason = _reason(comparison, cells, values)
+    found = None if reason else evidence(comparison, values)
+    return Reading(comparison, found, reason, _remarks(present, shared))
 
 
 # %% ../../nbs/5c_verdicts.ipynb #2fc68b2a
-def _untested(premise: list[Reading], parts: list[Reading]) -> str:
+def _untested(premise: list[Reading], comparisons: list[Reading]) -> str:
     "Why a claim is not tested; empty if it is."
     for reading in premise:
         if reading.reason:
             return f"premise: {reading.reason}"
         if reading.found.p > ALPHA:
-            return f"premise fails: {reading.part.words} (p = {reading.found.p:.2g})"
-    return next((reading.reason for reading in parts if reading.reason), "")
+            return f"premise fails: {reading.comparison.words} (p = {reading.found.p:.2g})"
+    return next((reading.reason for reading in comparisons if reading.reason), "")
 
 
 def _statistics(reading: Reading) -> dict[str, object]:
-    "The numbers of a part that was tested, as columns."
+    "The numbers of a comparison that was tested, as columns."
     found = reading.found
     return {
-        "part": reading.part.words,
-        "metric": reading.part.contrasts[0].metric,
+        "comparison": reading.comparison.words,
+        "metric": reading.comparison.contrasts[0].metric,
         "effect": float(found.effect),
         "low": float(found.low),
         "high": float(found.high),
-        "margin": margin(reading.part),
+        "margin": margin(reading.comparison),
         "seeds": found.seeds,
         "p_margin": float(found.p_margin),
         "p_flip": float(found.p_flip),
@@ -249,20 +249,20 @@ def _statistics(reading: Reading) -> dict[str, object]:
     }
 
 
-def _decide(line: dict, parts: list[Reading]) -> None:
+def _decide(line: dict, comparisons: list[Reading]) -> None:
     "Complete the line of a claim that is tested, in place; `p` and `p_holm` are there."
-    evidences = [reading.found for reading in parts]
+    evidences = [reading.found for reading in comparisons]
     line["verdict"] = str(verdicts(np.asarray(line["p_holm"]), evidences))
-    shown = parts[int(weakest(evidences))]
+    shown = comparisons[int(weakest(evidences))]
     if line["verdict"] == REFUTED:
-        shown = min(parts, key=lambda reading: float(reading.found.p_margin))
+        shown = min(comparisons, key=lambda reading: float(reading.found.p_margin))
         way = "the other way round" if shown.found.high < 0 else "no effect that matters"
-        line["why"] = f"{shown.part.words}: {way}"
+        line["why"] = f"{shown.comparison.words}: {way}"
     line |= _statistics(shown)
 
 
 # %% ../../nbs/5c_verdicts.ipynb #80a9492e
-RESULTS = ("dataset", "claim", "verdict", "why", "part", "metric", "effect", "low", "high")
+RESULTS = ("dataset", "claim", "verdict", "why", "comparison", "metric", "effect", "low", "high")
 RESULTS += ("margin", "seeds", "p", "p_holm", "p_margin", "p_flip", "p_flip_least", "remarks")
 
 
@@ -271,22 +271,22 @@ def _judge_dataset(tidy: pd.DataFrame, claims: Iterable[Claim]) -> list[dict]:
     cells = measured_cells(tidy)
     lines, readings = [], []
     for claim in claims:
-        premise = [read_part(part, cells) for part in claim.premise]
-        parts = [read_part(part, cells) for part in claim.parts]
-        line = {"claim": claim.id, "why": _untested(premise, parts), "p": np.nan}
+        premise = [read_comparison(comparison, cells) for comparison in claim.premise]
+        comparisons = [read_comparison(comparison, cells) for comparison in claim.comparisons]
+        line = {"claim": claim.id, "why": _untested(premise, comparisons), "p": np.nan}
         line["remarks"] = "; ".join(
-            dict.fromkeys(remark for reading in premise + parts for remark in reading.remarks)
+            dict.fromkeys(remark for reading in premise + comparisons for remark in reading.remarks)
         )
         if not line["why"]:
-            line["p"] = max(float(reading.found.p) for reading in parts)
+            line["p"] = max(float(reading.found.p) for reading in comparisons)
         lines.append(line)
-        readings.append(parts)
+        readings.append(comparisons)
     adjusted = holm(np.array([line["p"] for line in lines]))
-    for line, parts, p_holm in zip(lines, readings, adjusted, strict=True):
+    for line, comparisons, p_holm in zip(lines, readings, adjusted, strict=True):
         line["p_holm"] = p_holm
         line["verdict"] = UNTESTED
         if not line["why"]:
-            _decide(line, parts)
+            _decide(line, comparisons)
     return lines
 
 
@@ -294,8 +294,8 @@ def judge(tidy: pd.DataFrame, claims: Iterable[Claim] = CLAIMS) -> pd.DataFrame:
     """The verdict on each claim, for each dataset: one line each, with the columns `RESULTS`.
 
     `tidy` has the columns `COLUMNS`. Effects, their 95% intervals and margins are in units of the
-    baseline, positive where the paper is right. A claim of several parts shows its weakest, or the
-    one that refutes it; `p` is the weakest's.
+    baseline, positive where the paper is right. A claim of several comparisons shows its weakest,
+    or the one that refutes it; `p` is the weakest's.
 
     Raises ValueError for other columns, or two values of one metric, place and seed."""
     check(set(COLUMNS) <= set(tidy), f"measurements must have the columns {COLUMNS}", list(tidy))

@@ -196,7 +196,7 @@ class Schedule:
         ended = [worker for worker in self.workers if worker.process.poll() is not None]
         for worker in self.workers:
             for line in filter(NEWS.search, worker.read()):
-                self.say(f"job {worker.number}: {line}")
+                self.print_above(f"job {worker.number}: {line}")
         for worker in ended:
             self.workers.remove(worker)
             self.close(worker)
@@ -213,7 +213,7 @@ class Schedule:
         if worker.process.returncode > 0:
             self.broken |= set(task.missing()[:1])
         lines = "".join(f"\n    {line}" for line in [*worker.lines, worker.part] if line.strip())
-        self.say(f"{task.name}: failed with {failure}; the end of {task.log}:{lines}")
+        self.print_above(f"{task.name}: failed with {failure}; the end of {task.log}:{lines}")
 
     def stop_workers(self) -> None:
         "Tell the workers to stop after their step, and wait for them."
@@ -227,7 +227,7 @@ class Schedule:
         if some_ended:
             self.when_ended()
 
-    def say(self, text: str) -> None:
+    def print_above(self, text: str) -> None:
         "Print a line above those of the workers."
         self.display.show()
         print_main(text)
