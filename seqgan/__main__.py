@@ -107,6 +107,7 @@ class _Parser(argparse.ArgumentParser):
         self.register("action", None, _Once)
 
 
+# %% ../nbs/5k_command.ipynb #828e7786
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="tiny", choices=list(PRESETS))
     help_ = "'shapes', or the path of a folder of images"

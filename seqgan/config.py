@@ -598,6 +598,7 @@ def _check_attention(config: "Experiment") -> None:
     )
 
 
+# %% ../nbs/02_config.ipynb #14c0ea2d
 def _check_trainings(config: "Experiment") -> None:
     check(
         not config.perceptual.scale_taps or config.vgg.weights.startswith("quarter"),

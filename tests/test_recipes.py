@@ -397,13 +397,8 @@ NAR = {
 CASES = {
     "classifier-vgg": (classifier, {"vgg.dropout": 0.5}),
     "classifier-vgg-without-bn": (
-        classifier,  # its batch is larger than the training set
-        {
-            "vgg.batch_norm": False,
-            "vgg.head": 2,
-            "vgg.pools": (1, 1, 0, 0, 1),
-            "classifier.batch": 30,
-        },
+        classifier,
+        {"vgg.batch_norm": False, "vgg.head": 2, "vgg.pools": (1, 1, 0, 0, 1)},
     ),
     "classifier-choices": (
         classifier,
