@@ -30,7 +30,6 @@ TO_MEND = {
     "benchmark": {"6a293592", "5c1b8de8", "3cd0adb1"},
     "paper_size": {"3c09624c"},
     "perceptual_networks": {"93dae85d"},
-    "regime": {"29cc873b"},
 }
 
 
