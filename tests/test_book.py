@@ -17,15 +17,10 @@ BAR = re.compile(r"\d%\|")  # tqdm's
 # Cells whose committed output is too long, or a raw dict, JSON or log: to be mended when their
 # notebooks are next executed, and then removed from here.
 TO_MEND = {
-    "21_layers": {"6b62f279"},
-    "28_transformer": {"46d73307"},
     "35_features": {"8e224b7b"},
-    "37_tokenizer": {"9e4ad718"},
     "39_transformer": {"90ecae64", "6e65da36"},
-    "40_judges": {"2e0be934", "1774af31"},
     "41_metrics": {"7cb61712", "406bb545"},
     "48_measurement": {"64342a32"},
-    "56_records": {"7c0706c5"},
     "ablation_alpha": {"8c88e7cf", "afab9d3c", "fff80b86", "01b65db6", "74a413de"},
     "benchmark": {"6a293592", "5c1b8de8", "3cd0adb1"},
     "paper_size": {"3c09624c"},
