@@ -45,10 +45,10 @@ _DEPARTURES = {
         "quantizer.codes":                  (None,          512,           None,          32),
         "adversarial.channels":             (None,          8,             8,             8),
         "adversarial.most":                 (None,          64,            64,            16),
-        "transformer.blocks":               (8,             2,             3,             2),
+        "transformer.blocks":               (8,             2,             2,             2),
         "transformer.heads":                (8,             4,             4,             2),
-        "transformer.dim":                  (512,           64,            128,           32),
-        "transformer.hidden":               (2048,          256,           512,           64),
+        "transformer.dim":                  (512,           64,            64,            32),
+        "transformer.hidden":               (2048,          256,           256,           64),
     },
     "dilated attention in groups of a fixed size": {
         "autoencoder.dilation":             ("groups",) * 4,
@@ -56,7 +56,7 @@ _DEPARTURES = {
     "shorter trainings": {
         "tokenizer_training.steps":         (12_000,        3000,          800,           12),
         "second_phase.steps":               (4000,          1200,          300,           6),
-        "transformer_training.steps":       (10_000,        4000,          450,           12),
+        "transformer_training.steps":       (10_000,        4000,          1200,          12),
     },
     "schedules that fit into them": {
         "adversarial.train_start":          (3000,          1500,          450,           2),
@@ -64,7 +64,7 @@ _DEPARTURES = {
         "adversarial.ramp":                 (1000,          300,           100,           4),
         "quantizer.kmeans_last":            (4000,          1000,          300,           4),
         "quantizer.kmeans_buffer":          (None,          None,          None,          512),
-        "transformer_training.decay_start": (2000,          400,           100,           2),
+        "transformer_training.decay_start": (2000,          400,           120,           2),
     },
     "other batches": {
         "tokenizer_training.batch":         (None,          32,            32,            16),
@@ -77,7 +77,7 @@ _DEPARTURES = {
         "tokenizer_training.lr_end":        (1e-5,          2e-5,          2e-5,          2e-5),
         "second_phase.lr":                  (4e-4,          2e-3,          2e-3,          4e-5),
         "second_phase.lr_end":              (1e-5,          2e-5,          2e-5,          2e-5),
-        "transformer_training.lr":          (4e-4,          3e-3,          2e-3,          2e-3),
+        "transformer_training.lr":          (4e-4,          3e-3,          3e-3,          2e-3),
         "transformer_training.lr_end":      (2e-5,          1e-4,          1e-4,          1e-4),
     },
     "a warm-up of the transformer's learning rate": {

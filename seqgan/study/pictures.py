@@ -20,6 +20,7 @@ __all__ = [
     "load_tokenizers",
     "load_transformers",
     "look",
+    "front_rows",
 ]
 
 # %% ../../nbs/5h_pictures.ipynb #1880ce47
@@ -205,3 +206,17 @@ def look(parts: Parts, fixed: Fixed, config: Experiment, samples: bool = True) -
         right=seen["accuracy"].bool().cpu() if seen else None,
         samples=drawn,
     )
+
+
+# %% ../../nbs/5h_pictures.ipynb #06ebb966
+def front_rows(fixed: Fixed, looks: dict[float, Look], columns: int = 12) -> dict[str, Tensor]:
+    """Rows of images uint8 (columns, 3, H, W) by title: the input, and for each alpha its
+    reconstruction and its prediction, of the first fixed images.
+
+    Raises ValueError for an alpha without an AR transformer."""
+    rows = {"input": fixed.images[:columns]}
+    for alpha, seen in looks.items():
+        check(seen.prediction is not None, "each alpha must have an AR transformer", alpha)
+        rows[f"α = {alpha:g}, reconstruction"] = seen.phases[1][:columns]
+        rows[f"α = {alpha:g}, prediction"] = seen.prediction[:columns]
+    return rows
