@@ -23,7 +23,7 @@ sys.path.insert(0, sys.argv[1])
 import faults
 import forking
 import torchvision
-import seqgan.evaluation.measurement
+import seqgan.evaluation.predictors
 faults.prepare()
 forking.serve(socket.socket(fileno=int(sys.argv[2])))
 """

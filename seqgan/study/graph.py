@@ -114,7 +114,7 @@ STAGES = {
     "reconstruction": Stage(
         needs=("vgg", "real", "tokenizer", "decoder"),
         settings=lambda config: {},
-        module="evaluation.measurement",
+        module="evaluation.predictors",
     ),
     "ar": Stage(
         needs=("codes",),

@@ -315,14 +315,14 @@ def train_phase_two(study: Study, folder: Path) -> dict:
 @computes("reconstruction")
 def measure_reconstructions(study: Study, folder: Path) -> dict:
     "What the tokenizer, with the decoder of this study's phase, does to the validation images."
-    from seqgan.evaluation.measurement import measure_reconstruction
+    from seqgan.evaluation.predictors import measure_tokenizer
 
     kind = "tokenizer" if study.config.phase == 1 else "decoder"
     loss = PerceptualLoss(study.vgg, study.config.perceptual)
 
     def measure() -> dict:
         images = study.train, study.val, study.config.data
-        return measure_reconstruction(study.tokenizer, loss, study.judge, study.real, *images)
+        return measure_tokenizer(study.tokenizer, loss, study.judge, study.real, *images)
 
     found = on_main(measure)
     on_main(lambda: write_card(study, study.run(kind), kind, study.metrics(kind) | found))
