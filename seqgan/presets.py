@@ -54,17 +54,17 @@ _DEPARTURES = {
         "autoencoder.dilation":             ("groups",) * 4,
     },
     "shorter trainings": {
-        "tokenizer_training.steps":         (12_000,        2000,          800,           12),
-        "second_phase.steps":               (4000,          800,           300,           6),
-        "transformer_training.steps":       (10_000,        2500,          1200,          12),
+        "tokenizer_training.steps":         (12_000,        3000,          800,           12),
+        "second_phase.steps":               (4000,          1200,          300,           6),
+        "transformer_training.steps":       (10_000,        4000,          1200,          12),
     },
     "schedules that fit into them": {
-        "adversarial.train_start":          (3000,          1000,          450,           2),
-        "adversarial.start":                (4000,          1150,          600,           4),
-        "adversarial.ramp":                 (1000,          200,           100,           4),
-        "quantizer.kmeans_last":            (4000,          700,           300,           4),
+        "adversarial.train_start":          (3000,          1500,          450,           2),
+        "adversarial.start":                (4000,          1700,          600,           4),
+        "adversarial.ramp":                 (1000,          300,           100,           4),
+        "quantizer.kmeans_last":            (4000,          1000,          300,           4),
         "quantizer.kmeans_buffer":          (None,          None,          None,          512),
-        "transformer_training.decay_start": (2000,          250,           120,           2),
+        "transformer_training.decay_start": (2000,          400,           120,           2),
     },
     "other batches": {
         "tokenizer_training.batch":         (None,          32,            32,            16),
@@ -95,7 +95,7 @@ _DEPARTURES = {
     },
     "a heavier perceptual loss, at alpha = 0 in the beginning": {
         "perceptual.weight":                (3.0,           None,          None,          2.0),
-        "perceptual.warmup":                (2000,          200,           130,           4),
+        "perceptual.warmup":                (2000,          300,           130,           4),
     },
     "averaged weights": {
         "tokenizer_training.ema":           (None,          0.25,          0.25,          0.25),
