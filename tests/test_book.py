@@ -18,7 +18,6 @@ BAR = re.compile(r"\d%\|")  # tqdm's
 # notebooks are next executed, and then removed from here.
 TO_MEND = {
     "35_features": {"8e224b7b"},
-    "39_transformer": {"90ecae64", "6e65da36"},
     "41_metrics": {"7cb61712", "406bb545"},
     "48_measurement": {"64342a32"},
     "ablation_alpha": {"8c88e7cf", "afab9d3c", "fff80b86", "01b65db6", "74a413de"},
