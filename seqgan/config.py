@@ -241,8 +241,8 @@ class Quantizer(Settings):
     )
     kmeans_every: int = paper(
         0,
-        "Table 5, steps between re-estimations of the codebook in '+ K-means', which does not give "
-        "them (VQFR, by the same first author: 2000); 0 is never",
+        "Table 5, '+ K-means': steps between re-estimations of the codebook; 0 turns it off. The "
+        "paper gives no number; VQFR, by the same first author, has 2000",
         at_least(0),
     )
     kmeans_last: int = chosen(
@@ -323,7 +323,7 @@ class Adversarial(Settings):
         BETAS,
     )
     train_start: int = chosen(0, "step at which the discriminator starts to train", at_least(0))
-    start: int = chosen(20_000, "step at which the generator starts to listen", at_least(0))
+    start: int = chosen(20_000, "step at which the adversarial loss begins to count", at_least(0))
     ramp: int = chosen(10_000, "steps over which its weight rises linearly", at_least(0))
     bound: float = chosen(
         1.0,
@@ -378,7 +378,7 @@ class TokenizerTraining(Settings):
     start_weights: str = added_later(
         "",
         "hash of the weights in that folder, which is what tells experiments apart, "
-        "filled in by `seqgan.study.study.resolve_config`",
+        "filled in by `seqgan.study.graph.resolve_config`",
     )
 
 

@@ -30,7 +30,7 @@ _DEPARTURES = {
     "EfficientNet-Lite0 as the judge": {
         "evaluation.judge":                 ("lite0",) * 4,
     },
-    "smaller images, and fewer of them in tests": {
+    "smaller images, and another number of them": {
         "data.size":                        (64,            32,            32,            16),
         "data.train":                       (None,          24_000,        8000,          256),
         "data.val":                         (None,          4_000,         1000,          64),
@@ -93,8 +93,10 @@ _DEPARTURES = {
         "quantizer.normalize":              (True,) * 4,
         "quantizer.gamma":                  (0.2,) * 4,
     },
-    "a heavier perceptual loss, at alpha = 0 in the beginning": {
+    "a heavier perceptual loss": {
         "perceptual.weight":                (3.0,           None,          None,          2.0),
+    },
+    "alpha = 0 for the first steps": {
         "perceptual.warmup":                (2000,          300,           130,           4),
     },
     "averaged weights": {

@@ -48,8 +48,8 @@ codes = sample(transformer, labels)    # a class for each image -> int64 (B, N),
 images = tokenizer.decode(codes.view(-1, h, w))    # the tokenizer that it was trained with"""
 
 _LITE0 = (
-    "A metric whose name ends in `-lite0` is judged by EfficientNet-Lite0: it does not compare "
-    "with published numbers, whose judge is Inception."
+    "A metric whose name ends in `-lite0` is judged by EfficientNet-Lite0: it must not be "
+    "compared with published FID, which uses Inception."
 )
 
 
@@ -114,7 +114,7 @@ def model_card(
         "## Use",
         f"```python\n{usage.format(source=source)}\n```",
     ]
-    limits = "It knows images like these; of others it makes what it can."
+    limits = "It was trained on these images only; expect poor results on others."
     sections += card_table("Data", "what", data, limits)
     sections += card_table("Training", "setting", settings)
     sections += card_table("Metrics", "metric", metrics, _LITE0 if lite0 else "")

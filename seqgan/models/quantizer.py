@@ -87,7 +87,7 @@ def nearest(z: Tensor, codebook: Tensor, width: int = 1024) -> Tensor:
 
 # %% ../../nbs/23_quantizer.ipynb #a82be024
 def mean_assignment(distances: Tensor, temperature: float) -> Tensor:
-    """The soft usage of section 3.4: distances (N, K) -> (K,), which sums to 1.
+    """The mean assignment of section 3.4: distances (N, K) -> (K,), which sums to 1.
 
     softmax(-distances / temperature), averaged over all N positions.
     """

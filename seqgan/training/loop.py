@@ -242,7 +242,7 @@ class Loop(TrainState):
             except OSError as error:
                 if required or not is_disk_full(error):
                     raise
-                print_main(f"{self.folder.name}: {error}; training on, without this checkpoint")
+                print_main(f"{self.folder.name}: {error}; continuing without this checkpoint")
                 return False
             prune_checkpoints(self.folder, best and best[1])
             return True
@@ -252,7 +252,7 @@ class Loop(TrainState):
         return time.monotonic() - began
 
     def _resume(self, start: str | Path | None) -> int:
-        "Load the newest checkpoint, or `start`. Returns the step to go on with."
+        "Load the newest checkpoint, or `start`. Returns the step to resume from."
 
         def find() -> str | Path | None:
             found = newest_checkpoint(self.folder) or start

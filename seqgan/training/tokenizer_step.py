@@ -48,7 +48,7 @@ class Reconstruction:
     """A micro-batch after its pass through the tokenizer.
 
     `images`, `output` (B, 3, H, W); `codes` (B, h, w); `losses` of the quantizer by name, among
-    them `mean_assignment` (K,), the soft usage of this micro-batch.
+    them `mean_assignment` (K,), of this micro-batch.
     """
 
     images: Tensor
