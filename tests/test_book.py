@@ -20,7 +20,6 @@ TO_MEND = {
     "35_features": {"8e224b7b"},
     "39_transformer": {"90ecae64", "6e65da36"},
     "41_metrics": {"7cb61712", "406bb545"},
-    "48_measurement": {"64342a32"},
     "ablation_alpha": {"8c88e7cf", "afab9d3c", "fff80b86", "01b65db6", "74a413de"},
     "benchmark": {"6a293592", "5c1b8de8", "3cd0adb1"},
     "paper_size": {"3c09624c"},
