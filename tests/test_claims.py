@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from seqgan.evaluation.statistics import ALPHA, page_test, sign_flip, t_quantile, t_test
+from seqgan.evaluation.statistics import LEVEL, page_test, sign_flip, t_quantile, t_test
 from seqgan.study.claims import CLAIMS, GENERATION, LAYERS, RECONSTRUCTION, margin
 from seqgan.study.simulation import (
     as_measurements,
@@ -40,9 +40,9 @@ def combined(claim, values):
 def test_nothing_is_found_where_there_is_nothing(seeds, correlation, tails):
     values = simulate(null_world(), seeds, STUDIES, 0.05, correlation, tails, seed=100 + seeds)
     for claim in BY_ID:
-        assert at_most((combined(claim, values) <= ALPHA).mean(), ALPHA), claim
+        assert at_most((combined(claim, values) <= LEVEL).mean(), LEVEL), claim
     decided = np.stack(list(judge_simulated(values).values()))
-    assert at_most((decided == HOLDS).any(0).mean(), ALPHA)
+    assert at_most((decided == HOLDS).any(0).mean(), LEVEL)
 
 
 HALF_RECONSTRUCTION = {(RECONSTRUCTION, row, ""): 0.5 for row in LAYERS}
@@ -65,8 +65,8 @@ ONE_FALSE = {
 def test_the_worst_case_of_and(claim):
     "At the nominal rate, neither above nor far below: it is the worst case."
     values = simulate(null_world() | ONE_FALSE[claim], 4, STUDIES, seed=7)
-    rate = (combined(claim, values) <= ALPHA).mean()
-    assert at_most(rate, ALPHA) and rate > ALPHA / 2
+    rate = (combined(claim, values) <= LEVEL).mean()
+    assert at_most(rate, LEVEL) and rate > LEVEL / 2
 
 
 def test_true_claims_do_not_help_false_ones():
@@ -84,7 +84,7 @@ def test_true_claims_do_not_help_false_ones():
     for claim in true:
         assert (decided[claim] == HOLDS).mean() > 0.95, claim
     false = [decided[claim] == HOLDS for claim in BY_ID if claim not in true]
-    assert at_most(np.any(false, 0).mean(), ALPHA)
+    assert at_most(np.any(false, 0).mean(), LEVEL)
 
 
 @pytest.mark.parametrize("seeds", [3, 8])

@@ -73,7 +73,7 @@ def see(judge, images):
     "What the judge sees of images, found once."
     key = content_digest(images)
     if key not in SEEN:
-        SEEN[key] = judge.see(images)
+        SEEN[key] = judge.extract(images)
     return SEEN[key]
 
 

@@ -13,7 +13,7 @@ __all__ = [
     "chunks",
     "Lite0",
     "inception_weights",
-    "Seen",
+    "JudgeFeatures",
     "Judge",
 ]
 
@@ -166,7 +166,7 @@ JUDGES = {
 }
 
 
-class Seen(NamedTuple):
+class JudgeFeatures(NamedTuple):
     "What a judge sees of N images, on the CPU."
 
     features: torch.Tensor  # (N, F) float32
@@ -199,8 +199,8 @@ class Judge:
         stem = name.removeprefix("r")
         return name.replace(stem, self.kind.names[stem])
 
-    def see(self, images: Pixels) -> Seen:
-        "What it sees of images uint8 (N, 3, H, W), in float32 whatever autocast says."
+    def extract(self, images: Pixels) -> JudgeFeatures:
+        "Features of images uint8 (N, 3, H, W), float32 on the CPU whatever autocast says."
         check_pixels(images=images)
         seen = []
         for chunk in progress(chunks(images), total=-(-len(images) // 100), desc="judging"):
@@ -208,7 +208,7 @@ class Judge:
                 outputs = self.network(chunk.to(device()))
             seen.append([output.float().cpu() for output in outputs])
         features, *logits = (torch.cat(parts) for parts in zip(*seen, strict=True))
-        return Seen(features, logits[0] if logits else None)
+        return JudgeFeatures(features, logits[0] if logits else None)
 
     def description(self) -> dict[str, object]:
         "What a protocol says of it: name in torch-fidelity, weights, what it does to images first."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = [
     "RealImages",
-    "look_at_real_images",
+    "measure_real_images",
     "nearest_distances",
     "memorisation",
     "measure_reconstruction",
@@ -26,8 +26,8 @@ from ..data.batches import map_batches
 from ..data.decoding import RESIZE
 from ..data.images import ImageSet, subset
 from .diagnostics import tokenizer_diagnostics
-from .judges import Judge, Pixels, Seen
-from .kept import codes_keep
+from .judges import Judge, JudgeFeatures, Pixels
+from .kept import probe_codes
 from seqgan.evaluation.metrics import (
     distances,
     inception_score,
@@ -69,7 +69,7 @@ class RealImages:
 
 
 # %% ../../nbs/48_measurement.ipynb #c1cd7449
-def look_at_real_images(
+def measure_real_images(
     judge: Judge, train: ImageSet, val: ImageSet, reference: int
 ) -> tuple[RealImages, dict[str, float]]:
     """What `judge` sees of the validation images and of at most `reference` training images.
@@ -78,7 +78,7 @@ def look_at_real_images(
     """
     rows = balanced_subset(train.labels, reference)
     images, labels = subset(train.images, rows), train.labels[rows]
-    seen_val, seen_train = judge.see(val.images), judge.see(images)
+    seen_val, seen_train = judge.extract(val.images), judge.extract(images)
     classes = len(train.classes)
     probe = fit_classes(seen_train.features, labels, classes) if classes > 1 else None
     real = RealImages(seen_val.features, seen_train.features, rows, probe)
@@ -89,12 +89,12 @@ def _judged(
     judge: Judge,
     real: RealImages,
     images: Pixels,
-    seen: Seen,
+    seen: JudgeFeatures,
     labels: torch.Tensor,
     reference: Pixels,
 ) -> dict[str, float]:
     "The numbers of images that stand, or might stand, for generated ones."
-    found = distances(seen, Seen(real.train, None), judge)
+    found = distances(seen, JudgeFeatures(real.train, None), judge)
     found["SWD"] = sliced_wasserstein(images, reference)
     if seen.logits is not None and len(images) >= 10:
         found[judge.metric("IS")] = inception_score(seen.logits)
@@ -128,10 +128,10 @@ def measure_reconstruction(
     """Diagnostics and metrics of a tokenizer on validation images, what its codes keep of them, and
     under `protocol` what they depend on."""
     fake = map_batches(lambda x: to_uint8(tokenizer.reconstruct(x)), val.images)
-    seen = judge.see(fake)
+    seen = judge.extract(fake)
     found = tokenizer_diagnostics(tokenizer, perceptual, val)
-    found |= codes_keep(tokenizer, train, val, data)
-    found |= distances(seen, Seen(real.val, None), judge, prefix="r")
+    found |= probe_codes(tokenizer, train, val, data)
+    found |= distances(seen, JudgeFeatures(real.val, None), judge, prefix="r")
     found |= {"rSWD": sliced_wasserstein(fake, val.images), "PSNR": psnr(fake, val.images)}
     if real.probe:
         found["class_accuracy"] = class_accuracy(real.probe, seen.features, val.labels)
@@ -151,7 +151,7 @@ def measure_generation(
     """Metrics of generated images uint8 (N, 3, H, W) with labels int64 (N,) against the training
     images of `real`, and under `protocol` what they depend on."""
     images = subset(train.images, real.rows)
-    seen = judge.see(fake)
+    seen = judge.extract(fake)
     found = _judged(judge, real, fake, seen, labels, images)
     found["memorisation"] = memorisation(seen.features, real)
     reference = real_set("training", images, RESIZE, train.labels[real.rows])

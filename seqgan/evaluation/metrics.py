@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from ..core import check, generator
-from .judges import Judge, Pixels, Seen, check_pixels, chunks
+from .judges import Judge, JudgeFeatures, Pixels, check_pixels, chunks
 
 
 # %% ../../nbs/41_metrics.ipynb #2af3233e
@@ -194,7 +194,9 @@ def psnr(images: Pixels, reference: Pixels) -> float:
 
 
 # %% ../../nbs/41_metrics.ipynb #4dc436c7
-def distances(images: Seen, reference: Seen, judge: Judge, prefix: str = "") -> dict[str, float]:
+def distances(
+    images: JudgeFeatures, reference: JudgeFeatures, judge: Judge, prefix: str = ""
+) -> dict[str, float]:
     "Fréchet and kernel distance and its standard error, under the judge's names."
     value, error = kernel_distance(images.features, reference.features)
     kernel = judge.metric(f"{prefix}KID")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    "ALPHA",
+    "LEVEL",
     "t_tail",
     "t_quantile",
     "interval",
@@ -60,7 +60,7 @@ def t_quantile(probability: float, df: int) -> float:
 
 
 # %% ../../nbs/49_statistics.ipynb #aa7dbdd1
-ALPHA = 0.05
+LEVEL = 0.05
 
 
 def _spread(effects: np.ndarray) -> np.ndarray:
@@ -161,7 +161,7 @@ def page_test(values: np.ndarray) -> np.ndarray:
 
 
 # %% ../../nbs/49_statistics.ipynb #693247a4
-def power(effect: float, sd: float, seeds: int, level: float = ALPHA) -> float:
+def power(effect: float, sd: float, seeds: int, level: float = LEVEL) -> float:
     "The probability that a one-sided t test over 2 `seeds` or more finds an effect of this sd."
     df = seeds - 1
     u = np.linspace(0, 8, 4001)[1:]
@@ -172,7 +172,7 @@ def power(effect: float, sd: float, seeds: int, level: float = ALPHA) -> float:
 
 
 def seeds_needed(
-    effect: float, sd: float, wanted: float = 0.8, level: float = ALPHA, most: int = 1000
+    effect: float, sd: float, wanted: float = 0.8, level: float = LEVEL, most: int = 1000
 ) -> int:
     """The least number of seeds with which an effect is found with probability `wanted`.
 

@@ -59,7 +59,7 @@ class Tokenizer(Network, Pretrained):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Codes (B, H/f, W/f) of images (B, 3, H, W) in [-1, 1], of any float type.
+        """Codes int64 (B, H/f, W/f) in [0, K) of images (B, 3, H, W) in [-1, 1], of any float type.
 
         Raises ValueError for others, and if a side is not a multiple of f.
         """

@@ -179,6 +179,7 @@ def falls(metric: str, base: str, other: str, *columns: str) -> tuple[Contrast, 
 
 
 def opposite(contrast: Contrast) -> Contrast:
+    "A contrast that is positive where the given one is negative."
     terms = tuple((place, -weight) for place, weight in contrast.terms)
     return Contrast(contrast.metric, contrast.base, terms)
 

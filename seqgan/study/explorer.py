@@ -42,13 +42,13 @@ from .graph import from_parameters, resolve_config
 from seqgan.study.pictures import (
     DRAWS,
     PARTS,
-    Drawn,
     Fixed,
-    Look,
     Parts,
+    Renderings,
+    Samples,
     fixed_images,
-    look,
     published,
+    render,
 )
 from .points import PLANNED_ALPHAS, alphas_of, claims, curves, factors, phases, tables
 from .provenance import revision
@@ -114,7 +114,7 @@ class Subject:
     name: str
     config: Experiment  # preset and images
     fixed: Fixed
-    looks: dict[float, Look]  # what the models of each alpha make of the fixed images
+    looks: dict[float, Renderings]  # what the models of each alpha make of the fixed images
     numbers: dict  # what the records say
 
 
@@ -135,13 +135,13 @@ def gather(config: Experiment, models: Path, found: Iterable[dict]) -> Subject:
     looks = {}
     for alpha, folders in parts.items():
         print_main(f"{name}: pictures at alpha {alpha:g}")
-        looks[alpha] = look(folders, fixed, config, samples=alpha in ends)
+        looks[alpha] = render(folders, fixed, config, samples=alpha in ends)
     own = [record for record in found if _is_of(record, config)]
     return Subject(name, config, fixed, looks, numbers_of(own, parts))
 
 
 # %% ../../nbs/5j_explorer.ipynb #cd7499d3
-def _plain_samples(drawn: Drawn, shown: int) -> dict:
+def _plain_samples(drawn: Samples, shown: int) -> dict:
     rows = shown * DRAWS
     return {
         "steps": drawn.steps[:rows].tolist(),
@@ -149,7 +149,7 @@ def _plain_samples(drawn: Drawn, shown: int) -> dict:
     }
 
 
-def _plain_look(look: Look, shown: int) -> dict:
+def _plain_look(look: Renderings, shown: int) -> dict:
     "What the models of one alpha make of the first `shown` images."
     seen = look.prediction is not None
     return {

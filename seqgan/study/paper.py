@@ -36,7 +36,7 @@ from ..models.perceptual import LOW
 from ..presets import OTHER_TRANSFORMERS, PRESETS, preset
 
 # %% ../../nbs/55_paper.ipynb #6ccb0548
-Changes = dict[str, Any]  # settings by dotted name, as in `seqgan.config.update`
+Changes = dict[str, Any]  # settings by dotted name, as in `seqgan.settings.update`
 
 
 def transformer_columns(base: Experiment) -> dict[str, Changes]:

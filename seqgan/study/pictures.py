@@ -15,11 +15,11 @@ __all__ = [
     "Fixed",
     "fixed_images",
     "draw_steps",
-    "Drawn",
-    "Look",
+    "Samples",
+    "Renderings",
     "load_tokenizers",
     "load_transformers",
-    "look",
+    "render",
     "front_rows",
 ]
 
@@ -123,7 +123,7 @@ TRANSFORMERS = {"AR": "ar", "NAR": "nar"}  # by their part
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
+class Samples:
     "What a transformer draws: DRAWS samples for the class of each fixed image."
 
     steps: Tensor  # int64 (K * DRAWS, N), the step that revealed each code, from 1
@@ -131,7 +131,7 @@ class Drawn:
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
+class Renderings:
     "What the models of one alpha make of the fixed images; None where a part is missing."
 
     codes: Tensor  # int64 (K, h, w)
@@ -139,7 +139,7 @@ class Look:
     phases: dict[int, Tensor]  # reconstructions uint8 (K, 3, H, W), by the phase of the decoder
     prediction: Tensor | None  # uint8 (K, 3, H, W), by the AR transformer and phase one's decoder
     right: Tensor | None  # bool (K, h, w), where the predicted code is the true one
-    samples: dict[str, Drawn]  # by transformer, AR or NAR
+    samples: dict[str, Samples]  # by transformer, AR or NAR
 
 
 # %% ../../nbs/5h_pictures.ipynb #b33e0e97
@@ -181,7 +181,7 @@ def _decoded(tokenizer: Tokenizer, codes: Tensor) -> Tensor:
     return to_uint8(torch.cat(parts))
 
 
-def look(parts: Parts, fixed: Fixed, config: Experiment, samples: bool = True) -> Look:
+def render(parts: Parts, fixed: Fixed, config: Experiment, samples: bool = True) -> Renderings:
     """What the models of one alpha make of the fixed images; the settings of the samplers are
     those of `config`. Without `samples` none are drawn.
 
@@ -197,8 +197,8 @@ def look(parts: Parts, fixed: Fixed, config: Experiment, samples: bool = True) -
         sampler = config.sampler if name == "AR" else config.masked_sampler
         rows, steps = draw_steps(transformer, fixed.labels.repeat_interleave(DRAWS), sampler)
         grids = rows.view(-1, *codes.shape[1:])
-        drawn[name] = Drawn(steps, {n: _decoded(t, grids) for n, t in tokenizers.items()})
-    return Look(
+        drawn[name] = Samples(steps, {n: _decoded(t, grids) for n, t in tokenizers.items()})
+    return Renderings(
         codes=codes,
         bank=map_batches(tokenizers[1].encode, fixed.bank) if len(fixed.bank) else codes[:0],
         phases={phase: _decoded(t, codes) for phase, t in tokenizers.items()},
@@ -209,7 +209,9 @@ def look(parts: Parts, fixed: Fixed, config: Experiment, samples: bool = True) -
 
 
 # %% ../../nbs/5h_pictures.ipynb #06ebb966
-def front_rows(fixed: Fixed, looks: dict[float, Look], columns: int = 12) -> dict[str, Tensor]:
+def front_rows(
+    fixed: Fixed, looks: dict[float, Renderings], columns: int = 12
+) -> dict[str, Tensor]:
     """Rows of images uint8 (columns, 3, H, W) by title: the input, and for each alpha its
     reconstruction and its prediction, of the first fixed images.
 

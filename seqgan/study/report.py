@@ -28,7 +28,7 @@ def _markdown(title: str, found: list[Panel]) -> str:
     "All panels of a table."
     text = [
         f"**{title}.** A metric whose name has a suffix is measured by another judge than "
-        "Inception: it compares within its table and with nothing else."
+        "Inception: compare it only within its table."
     ]
     for panel in found:
         sources = _sources(panel)

@@ -9,7 +9,7 @@ __all__ = [
     "Study",
     "computes",
     "train_vgg",
-    "look_at_real",
+    "measure_real",
     "card_of",
     "write_card",
     "train_until_branch_point",
@@ -238,13 +238,13 @@ def train_vgg(study: Study, folder: Path) -> dict:
 
 
 @computes("real")
-def look_at_real(study: Study, folder: Path) -> dict:
+def measure_real(study: Study, folder: Path) -> dict:
     "What the judge sees of real images; returns floors and ceilings of what is measured later."
-    from seqgan.evaluation.measurement import look_at_real_images
+    from seqgan.evaluation.measurement import measure_real_images
 
     def look() -> dict:
         reference = study.config.evaluation.reference
-        real, floors = look_at_real_images(study.judge, study.train, study.val, reference)
+        real, floors = measure_real_images(study.judge, study.train, study.val, reference)
         real.save(folder / "real.safetensors")
         return floors
 

@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import check
-from ..evaluation.statistics import ALPHA, holm, interval, page_test, sign_flip, t_test
+from ..evaluation.statistics import LEVEL, holm, interval, page_test, sign_flip, t_test
 from seqgan.study.claims import (
     CLAIMS,
     COLUMNS,
@@ -133,7 +133,7 @@ HOLDS, REFUTED, UNDECIDED, UNTESTED = "holds", "does not hold", "not decided", "
 
 def premise_holds(premise: Iterable[Evidence]) -> np.ndarray | bool:
     "Whether all comparisons of a premise hold, in each study."
-    return np.all([found.p <= ALPHA for found in premise], 0)
+    return np.all([found.p <= LEVEL for found in premise], 0)
 
 
 def weakest(evidences: list[Evidence]) -> np.ndarray:
@@ -144,12 +144,12 @@ def weakest(evidences: list[Evidence]) -> np.ndarray:
 def _is_refuted(evidences: list[Evidence]) -> np.ndarray:
     "Whether some comparison is refuted at 2.5%, shared among the comparisons (Bonferroni)."
     least = np.min([found.p_margin for found in evidences], 0)
-    return least <= ALPHA / 2 / len(evidences)
+    return least <= LEVEL / 2 / len(evidences)
 
 
 def verdicts(p_holm: np.ndarray, evidences: list[Evidence]) -> np.ndarray:
     "The verdict in each study. `p_holm` is NaN where the premise does not hold."
-    cases = [np.isnan(p_holm), _is_refuted(evidences), p_holm <= ALPHA]
+    cases = [np.isnan(p_holm), _is_refuted(evidences), p_holm <= LEVEL]
     return np.select(cases, [UNTESTED, REFUTED, HOLDS], UNDECIDED)
 
 
@@ -227,7 +227,7 @@ def _untested(premise: list[Reading], comparisons: list[Reading]) -> str:
     for reading in premise:
         if reading.reason:
             return f"premise: {reading.reason}"
-        if reading.found.p > ALPHA:
+        if reading.found.p > LEVEL:
             return f"premise fails: {reading.comparison.words} (p = {reading.found.p:.2g})"
     return next((reading.reason for reading in comparisons if reading.reason), "")
 

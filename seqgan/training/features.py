@@ -9,7 +9,7 @@ __all__ = [
     "strong_augmentation",
     "augment_strongly",
     "mix_images",
-    "against",
+    "fgsm",
     "sgd",
     "augmented",
     "classifier_loss",
@@ -91,8 +91,9 @@ def mix_images(
 
 
 # %% ../../nbs/35_features.ipynb #c6f3c7a4
-def against(network: VGG, images: torch.Tensor, target: torch.Tensor, most: float) -> torch.Tensor:
-    "Images (B, 3, H, W) in [-1, 1], no value changed by more than `most`, for a larger loss."
+def fgsm(network: VGG, images: torch.Tensor, target: torch.Tensor, most: float) -> torch.Tensor:
+    """FGSM from a random start (Wong et al., 2020): images (B, 3, H, W) in [-1, 1] for a larger loss,
+    no value changed by more than `most`."""
     change = ((2 * torch.rand_like(images) - 1) * most).requires_grad_()
     loss = F.cross_entropy(network((images + change).clamp(-1, 1))["logit"].float(), target)
     (gradient,) = torch.autograd.grad(loss, change)
@@ -131,7 +132,7 @@ def classifier_loss(
     with loop.autocast():
         if config.adversarial:
             half = len(images) // 2
-            changed = against(model, images[:half], target[:half], config.adversarial)
+            changed = fgsm(model, images[:half], target[:half], config.adversarial)
             images = torch.cat([changed, images[half:]])
         logits = model(images.contiguous(memory_format=torch.channels_last))["logit"]
     logits = logits.float()  # (B, classes)

@@ -47,7 +47,7 @@ def predicted_codes(causal: bool, batch: int, positions: int, *seed: int | str) 
 
 
 def code_loss(loop: TrainState, codes: Tensor, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    "Mean loss (nats per code) and accuracy of codes (B, N) with labels (B,) where mask (B, N) is."
+    "Mean loss (nats per code) and accuracy where `mask` (B, N) is True: codes (B, N), labels (B,)."
     model, transformer = loop.models["transformer"], loop.unwrap("transformer")
     codes, labels, mask = codes.long().to(device()), labels.to(device()), mask.to(device())
     if transformer.config.causal:
