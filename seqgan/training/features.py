@@ -92,8 +92,9 @@ def mix_images(
 
 # %% ../../nbs/35_features.ipynb #c6f3c7a4
 def fgsm(network: VGG, images: torch.Tensor, target: torch.Tensor, most: float) -> torch.Tensor:
-    """FGSM from a random start (Wong et al., 2020): images (B, 3, H, W) in [-1, 1] for a larger loss,
-    no value changed by more than `most`."""
+    """FGSM from a random start (Wong et al., 2020), for a larger loss.
+
+    Returns images (B, 3, H, W) in [-1, 1], no value changed by more than `most`."""
     change = ((2 * torch.rand_like(images) - 1) * most).requires_grad_()
     loss = F.cross_entropy(network((images + change).clamp(-1, 1))["logit"].float(), target)
     (gradient,) = torch.autograd.grad(loss, change)
