@@ -121,8 +121,6 @@ def as_labels(labels: Tensor | Sequence[int] | int | None, classes: int) -> Tens
 def initialize(transformer: nn.Module) -> None:
     """GPT-2's initialisation, in place: weights from N(0, 0.02^2), biases zero, and the last layer
     of each residual branch divided by sqrt(2 blocks)."""
-    if next(transformer.parameters()).is_meta:
-        return  # no values yet; normal_ would import torch._dynamo, which takes seconds
     for m in transformer.modules():
         if isinstance(m, (nn.Linear, nn.Embedding)):
             m.weight.normal_(0, 0.02)
