@@ -56,7 +56,7 @@ _DEPARTURES = {
     "shorter trainings": {
         "tokenizer_training.steps":         (12_000,        3000,          800,           12),
         "second_phase.steps":               (4000,          1200,          300,           6),
-        "transformer_training.steps":       (10_000,        4000,          1200,          12),
+        "transformer_training.steps":       (10_000,        4000,          900,           12),
     },
     "schedules that fit into them": {
         "adversarial.train_start":          (3000,          1500,          450,           2),
@@ -64,7 +64,7 @@ _DEPARTURES = {
         "adversarial.ramp":                 (1000,          300,           100,           4),
         "quantizer.kmeans_last":            (4000,          1000,          300,           4),
         "quantizer.kmeans_buffer":          (None,          None,          None,          512),
-        "transformer_training.decay_start": (2000,          400,           120,           2),
+        "transformer_training.decay_start": (2000,          400,           90,            2),
     },
     "other batches": {
         "tokenizer_training.batch":         (None,          32,            32,            16),
