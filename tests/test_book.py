@@ -17,7 +17,6 @@ BAR = re.compile(r"\d%\|")  # tqdm's
 # Cells whose committed output is too long, or a raw dict, JSON or log: to be mended when their
 # notebooks are next executed, and then removed from here.
 TO_MEND = {
-    "ablation_alpha": {"8c88e7cf", "afab9d3c", "fff80b86", "01b65db6", "74a413de"},
     "benchmark": {"6a293592", "5c1b8de8", "3cd0adb1"},
     "paper_size": {"3c09624c"},
     "perceptual_networks": {"93dae85d"},
