@@ -17,6 +17,12 @@ def test_importing_the_package_imports_nothing_slow():
     assert done.stdout.split() == [seqgan.__version__, "[]"]
 
 
+def test_the_command_imports_the_judges_only_to_measure():
+    code = "import sys, seqgan.__main__; print('torchvision' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
 def test_public_names():
     from seqgan import Tokenizer, Transformer, preset, sample
 

@@ -14,11 +14,13 @@ __all__ = [
 
 # %% ../../nbs/46_protocol.ipynb #54ec8901
 import hashlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import torch
-import torch_fidelity
 
-from .judges import Judge, Pixels
+if TYPE_CHECKING:  # the judges import torchvision, which takes seconds
+    from seqgan.evaluation.judges import Judge, Pixels
 
 
 # %% ../../nbs/46_protocol.ipynb #55d813f9
@@ -41,7 +43,7 @@ def balanced_subset(labels: torch.Tensor, n: int) -> torch.Tensor:
 
 
 # %% ../../nbs/46_protocol.ipynb #cbb0cb11
-def content_digest(images: Pixels) -> str:
+def content_digest(images: "Pixels") -> str:
     "SHA-256 (hexadecimal) of images: shape and pixels, in their order."
     found = hashlib.sha256(repr(tuple(images.shape)).encode())
     for start in range(0, len(images), 500):  # it may be too large to be held
@@ -56,7 +58,7 @@ def _per_class(labels: torch.Tensor | None) -> list[int] | None:
     return None if labels is None else [int(count) for count in labels.bincount().aminmax()]
 
 
-def real_set(split: str, images: Pixels, resize: str, labels: torch.Tensor | None = None) -> dict:
+def real_set(split: str, images: "Pixels", resize: str, labels: torch.Tensor | None = None) -> dict:
     """What a protocol says of real images uint8 (N, 3, H, W): split, number, size, resize filter
     (by name), fewest and most images of a class, content."""
     return {
@@ -83,7 +85,7 @@ def generated_set(
     }
 
 
-def protocol(reference: dict, judge: Judge, generated: dict | None = None) -> dict[str, object]:
+def protocol(reference: dict, judge: "Judge", generated: dict | None = None) -> dict[str, object]:
     """All that decides a number except the images that it judges.
 
     `reference` is a `real_set`. Judged is the `generated_set`, or else the reference,
@@ -97,6 +99,6 @@ def protocol(reference: dict, judge: Judge, generated: dict | None = None) -> di
         "judge": judge.description(),
         "versions": {
             "torch": torch.__version__.split("+")[0],
-            "torch-fidelity": torch_fidelity.__version__,
+            "torch-fidelity": version("torch-fidelity"),
         },
     }

@@ -20,6 +20,7 @@ __all__ = [
 
 # %% ../../nbs/49_statistics.ipynb #9469dd62
 import math
+from bisect import bisect_left
 from functools import cache
 from itertools import permutations, product
 
@@ -179,10 +180,11 @@ def seeds_needed(
     `level` / 11 is what Holm asks of the first of eleven claims. Raises ValueError if it takes more
     than `most`, or for an effect or sd that is not positive."""
     check(effect > 0 and sd > 0, "effect and sd must be positive", (effect, sd))
-    for n in range(2, most + 1):
-        if power(effect, sd, n, level) >= wanted:
-            return n
-    raise ValueError(f"More than {most} seeds are needed for {effect} of sd {sd}.")
+    numbers = range(2, most + 1)  # power grows with each of them
+    found = bisect_left(numbers, wanted, key=lambda n: power(effect, sd, n, level))
+    if found == len(numbers):
+        raise ValueError(f"More than {most} seeds are needed for {effect} of sd {sd}.")
+    return numbers[found]
 
 
 # %% ../../nbs/49_statistics.ipynb #2417d50c

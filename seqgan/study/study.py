@@ -37,6 +37,7 @@ from safetensors.torch import load_file
 from ..config import Data, Experiment
 from ..core import check, device, print_main, to_float, to_uint8, write_text
 from ..data.images import ImageSet, load
+from ..evaluation.protocol import balanced_labels
 from ..models.cards import model_card
 from ..models.features import VGG
 from ..models.perceptual import PerceptualLoss
@@ -361,8 +362,6 @@ def train_on_codes(study: Study, folder: Path) -> dict:
 @computes("samples")
 def draw_balanced_samples(study: Study, folder: Path) -> dict:
     "Codes drawn from the transformer, equally many for each class."
-    from seqgan.evaluation.protocol import balanced_labels
-
     config = study.config
     labels = balanced_labels(config.evaluation.samples, len(study.classes))
     transformer = to_inference_dtype(study.transformer)
@@ -374,7 +373,6 @@ def draw_balanced_samples(study: Study, folder: Path) -> dict:
 def measure_samples(study: Study, folder: Path) -> dict:
     "The samples as images, decoded by this study's phase and measured."
     from seqgan.evaluation.measurement import measure_generation
-    from seqgan.evaluation.protocol import balanced_labels
 
     config = study.config
     kind, n = transformer_kind(config), config.evaluation.samples
