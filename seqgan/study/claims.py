@@ -217,14 +217,14 @@ class Comparison:
 class Claim:
     """A claim of the paper: what it says, where, its comparisons, its premise.
 
-    `beside` are contrasts that explain it; they are reported and decide nothing."""
+    `secondary` comparisons explain it; they are reported and decide nothing."""
 
     id: str
     words: str
     where: str
     comparisons: tuple[Comparison, ...]
     premise: tuple[Comparison, ...] = ()
-    beside: tuple[Comparison, ...] = ()
+    secondary: tuple[Comparison, ...] = ()
 
 
 # %% ../../nbs/5b_claims.ipynb #4bf8479f
@@ -310,7 +310,7 @@ CLAIMS = (
             Comparison("generates better", falls(GENERATION, "alpha 0", "alpha 1", *BOTH)),
         ),
         premise=_semantic("alpha 0", "alpha 1"),
-        beside=(
+        secondary=(
             Comparison(
                 "with another perceptual network", falls(GENERATION, *_OTHER_NETWORK, *BOTH)
             ),
@@ -335,7 +335,7 @@ CLAIMS = (
         "Figure 10, curves only",
         comparisons=(Comparison("lower loss", falls("val_loss", "alpha 0", "alpha 1", "AR")),),
         premise=_semantic("alpha 0", "alpha 1"),
-        beside=(
+        secondary=(
             Comparison("with another perceptual network", falls("val_loss", *_OTHER_NETWORK, "AR")),
             *_at_lower_fidelity(),
         ),
@@ -393,7 +393,7 @@ CLAIMS = (
             Comparison("the loss of details is lower", falls("L_low", "phase 1", "phase 2")),
             Comparison("it reconstructs better", falls(RECONSTRUCTION, "phase 1", "phase 2")),
         ),
-        beside=(
+        secondary=(
             Comparison(
                 "than with alpha kept", falls(GENERATION, "phase 2, alpha kept", "phase 2", *BOTH)
             ),

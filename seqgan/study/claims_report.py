@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = [
-    "BESIDE",
+    "SECONDARY_METRICS",
     "claims_table",
     "claims_figure",
     "verdict_summary",
+    "verdicts_text",
     "scale_sentence",
-    "beside_table",
+    "secondary_table",
 ]
 
 # %% ../../nbs/5e_claims_report.ipynb #27101864
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from textwrap import wrap
 
 import matplotlib.pyplot as plt
@@ -22,7 +24,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..core import check
+from ..core import check, home
 from ..plot import DPI
 from seqgan.study.claims import (
     CLAIMS,
@@ -35,6 +37,7 @@ from seqgan.study.claims import (
     paper_words,
     same_experiments,
 )
+from .tables import frame_markdown
 from seqgan.study.verdicts import (
     HOLDS,
     REFUTED,
@@ -168,6 +171,23 @@ def verdict_summary(results: pd.DataFrame, claims: Iterable[Claim] = CLAIMS) -> 
     return pd.DataFrame(lines, columns=["claim", "paper", "here", "verdict"])
 
 
+# %% ../../nbs/5e_claims_report.ipynb #028a8bca
+def verdicts_text(*claims: str, file: Path | None = None) -> str:
+    """What `file` (`reports/claims.csv`) says of these claims in each dataset, as Markdown.
+
+    Where there is no such file yet, a sentence that says so."""
+    file = file or home() / "reports" / "claims.csv"
+    if not file.exists():
+        return "*No verdict yet: there are no records of the study.*"
+    results = pd.read_csv(file)
+    results = results[results.claim.isin(claims)]
+    parts = [
+        f"**{name}**\n\n{frame_markdown(verdict_summary(lines))}"
+        for name, lines in results.groupby("dataset", sort=False)
+    ]
+    return "\n\n".join(parts)
+
+
 # %% ../../nbs/5e_claims_report.ipynb #e28e3652
 def _span(values: list[int]) -> str:
     "'3', or '3 to 8' for the smallest and the largest of several."
@@ -200,7 +220,7 @@ def scale_sentence(records: list[dict]) -> str:
 
 
 # %% ../../nbs/5e_claims_report.ipynb #27ab0688
-BESIDE = ("FID-lite0", "SWD", "class_accuracy")
+SECONDARY_METRICS = ("FID-lite0", "SWD", "class_accuracy")
 
 
 def _by_metric(comparison: Comparison, metric: str) -> Comparison:
@@ -211,20 +231,20 @@ def _by_metric(comparison: Comparison, metric: str) -> Comparison:
     return Comparison(comparison.words, replaced)
 
 
-def _comparisons_beside(claim: Claim) -> list[Comparison]:
+def _secondary_comparisons(claim: Claim) -> list[Comparison]:
     "What is reported with a claim and decides nothing."
     about_samples = [p for p in claim.comparisons if p.contrasts[0].metric == GENERATION]
-    others = [_by_metric(comparison, metric) for comparison in about_samples for metric in BESIDE]
-    return [*claim.beside, *others]
+    others = [_by_metric(c, metric) for c in about_samples for metric in SECONDARY_METRICS]
+    return [*claim.secondary, *others]
 
 
-def beside_table(tidy: pd.DataFrame, claims: Iterable[Claim] = CLAIMS) -> pd.DataFrame:
+def secondary_table(tidy: pd.DataFrame, claims: Iterable[Claim] = CLAIMS) -> pd.DataFrame:
     """Effects with 95% intervals that decide nothing, of one dataset, in units of the baseline.
 
     A line for each comparison and metric that was measured for three seeds or more."""
     cells, lines = measured_cells(tidy), []
     for claim in claims:
-        for comparison in _comparisons_beside(claim):
+        for comparison in _secondary_comparisons(claim):
             found = read_comparison(comparison, cells).found
             if found is None:
                 continue

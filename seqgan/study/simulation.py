@@ -37,8 +37,8 @@ from .verdicts import Key, Values, evidence, keys_of, premise_holds, verdicts
 
 # %% ../../nbs/5d_simulation.ipynb #4ec436ee
 def all_keys() -> list[Key]:
-    "All that the claims, their premises and what stands beside them need."
-    comparisons = [p for c in CLAIMS for p in (*c.comparisons, *c.premise, *c.beside)]
+    "All that the claims, their premises and secondary comparisons need."
+    comparisons = [p for c in CLAIMS for p in (*c.comparisons, *c.premise, *c.secondary)]
     return list(dict.fromkeys(key for comparison in comparisons for key in keys_of(comparison)))
 
 
