@@ -125,12 +125,14 @@ KEPT = "codes: "
 CLASSES = ("class", "shape", "texture")  # accuracies; all else is R²
 
 
-def factors(tidy: pd.DataFrame) -> list[dict]:
-    "What codes keep over alpha, a curve for each factor, what an image shows before how it looks."
+def factors(tidy: pd.DataFrame, rows: dict | None = None) -> list[dict]:
+    """What codes keep over alpha, or over other rows, as `curves`.
+
+    First what an image shows, then how it looks."""
     names = [name for name in tidy.metric.unique() if name.startswith(KEPT)]
     names.sort(key=lambda name: name.removeprefix(KEPT) not in CLASSES)
     numbers = [Number(name, name.removeprefix(KEPT), better="higher") for name in names]
-    return curves(tidy, numbers)
+    return curves(tidy, numbers, rows)
 
 
 PHASES = {
