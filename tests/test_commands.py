@@ -69,7 +69,7 @@ def test_papermill(child, forked, tmp_path):
     result = child(*command, cwd=ROOT)
     assert result.returncode == 0, result.stdout[-3000:]
     files = written(home)
-    figures = {"figure6.png", "figure6.csv", "figure6.md", "figure10.png"}
+    figures = {"figure6b.png", "figure6.csv", "figure6.md", "figure10.png"}
     assert {f"reports/{name}" for name in figures} <= set(files)
     records = [file for file in files if file.startswith("reports/results/")]
     assert records == [

@@ -66,7 +66,7 @@ def write_table(name: str) -> str:
         numbers = _csv(found, by_row=name != "figure6")
         numbers.to_csv(file, index=False, float_format="%.6g")
     if name == "figure6":
-        save_figure(figure6(all_records), folder / "figure6.png")
+        save_figure(figure6(all_records), folder / "figure6b.png")
         if found:
             save_figure(figure10(all_records), folder / "figure10.png")
     else:
