@@ -64,8 +64,14 @@ def same_experiments() -> dict[str, str]:
     return found
 
 
-PLANNED_SEEDS = {"alpha 0": 8, "alpha 1": 8, "phase 2": 8, "phase 2, alpha 0": 8, "alpha 0.4": 4}
-PLANNED_SEEDS["baseline"] = 3  # alpha 0 again, but with two larger transformers
+PLANNED_SEEDS = {
+    "alpha 0": 8,
+    "alpha 1": 8,
+    "phase 2": 8,
+    "phase 2, alpha 0": 8,
+    "alpha 0.4": 4,
+    "baseline": 3,  # alpha 0 again, but with two larger transformers
+}
 LEAST_SEEDS = 3  # of other rows; with fewer a claim is not tested
 
 
