@@ -67,7 +67,9 @@ def apply(mutant, project: Path) -> None:
 
 def left_out(folder: str, names: list[str]) -> list[str]:
     "What no part of the suite needs, and what is large."
-    unneeded = {".git", "runs", "data", "reports"} if Path(folder) == ROOT else {"__pycache__"}
+    if Path(folder) == ROOT / "data":
+        return [name for name in names if name != "pretrained"]
+    unneeded = {".git", "runs", "reports"} if Path(folder) == ROOT else {"__pycache__"}
     return [name for name in names if name in unneeded]
 
 
